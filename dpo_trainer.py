@@ -1,0 +1,624 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["mlx[cpu]>=0.32.2", "mlx-lm>=0.32.2", "numpy", "tqdm"]
+# ///
+"""
+Fine-tune a chat model on preference pairs with DPO (LoRA, DoRA or full), holding one model in memory.
+
+    loss = -log sigmoid(beta * ((pi_w - ref_w) - (pi_l - ref_l)))                arXiv 2305.18290, Eq. 7
+    pi_w, pi_l: log-probability of the chosen and the rejected answer now; ref_w, ref_l: the same before training
+
+    python dpo_trainer.py --data data/pairs.jsonl                                the bundled model, about a minute
+    python dpo_trainer.py --model mlx-community/Llama-3.2-1B-Instruct-4bit --data my_pairs.jsonl
+    python dpo_trainer.py --model data/tiny-chat --test data/test.jsonl          measures what lies in adapters/
+
+Input: one pair a line, {"prompt": "...", "chosen": "...", "rejected": "..."}; read_pair takes more forms.
+Output, in --adapter-path: adapters.safetensors and adapter_config.json (mlx-lm loads them), metrics.jsonl, this script.
+To change the loss edit dpo_loss; the data forms, read_pair; what counts as the answer, encode_pair; an update, train.
+Letters: B pairs, 2B rows (the chosen answers, then the rejected), R response tokens, V vocabulary.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import random
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import mlx_lm
+import numpy as np
+import yaml
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.tuner.callbacks import get_reporting_callbacks
+from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_tokenizer, save_config
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------- options
+
+OPTIMIZERS = {name.lower(): getattr(optim, name) for name in ("AdamW", "Adam", "SGD", "Adafactor", "Muon")}
+YAML_NAMES = {"path": "data", "name": "lr_schedule", "warmup_steps": "warmup"}  # in a config's blocks; the rest as here
+
+
+def need(condition, problem):
+    if not condition:
+        raise ValueError(problem)
+
+
+@contextmanager
+def blame(place, advice):
+    """Turn an exception inside into one line on stderr, "place: problem: advice", and exit status 1."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(f"{place}: {' '.join(str(error).split())}: {advice}")
+
+
+def number(kind, low, high=sys.float_info.max):
+    """Return an argparse type: an int or a float from low to high."""
+
+    def convert(text):
+        need(low <= (value := kind(text)) <= high, "out of range")
+        return value
+
+    convert.__name__ = f"{kind.__name__} from {low:g} to {high:.3g}"  # argparse puts it into its message
+    return convert
+
+
+def parse_args(words):
+    """Return the options in words (as sys.argv[1:]), laid over those of --config; exit with one line if wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0], allow_abbrev=False)
+    parser.error = partial(need, False)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    count, real = number(int, 1), partial(number, float)
+    # what to do, on what
+    add("-c", "--config", help="YAML file of these options, mlx_lm.lora's blocks too; the command line wins")
+    add("--model", help="folder or Hugging Face name; a quantized one trains as QLoRA (default: data/demo.yaml's)")
+    add("--data", help="pairs: a .jsonl file, a folder (train, valid, test .jsonl), a hub dataset (NAME, NAME:SPLIT)")
+    add("--train", action=switch, help="train (default, unless --test is given alone)")
+    add("--test", nargs="?", const="", help="measure at the end, on this file, folder or hub dataset, or on --data's")
+    add("--prompt-feature", default="prompt", help="column of the prompt (default: prompt)")
+    add("--chosen-feature", default="chosen", help="column of the better answer (default: chosen)")
+    add("--rejected-feature", default="rejected", help="column of the worse answer (default: rejected)")
+    add("--max-seq-length", type=count, default=1024, help="tokens; oldest turns go first, answers stay whole")
+    # objective
+    add("--loss", choices=["sigmoid", "hinge", "ipo", "dpop"], default="sigmoid", help="(default: sigmoid)")
+    add("--beta", type=real(1e-6), default=0.1, help="hold on the reference, 0.01 loose to 0.5 (default: 0.1)")
+    add("--label-smoothing", type=real(0, 0.5), default=0.0, help="share of pairs taken as mislabelled (default: 0)")
+    add("--delta", type=real(0), help="dpop: penalty a nat lost on the chosen answer (default: 5)")
+    add("--length-normalize", action=switch, help="log-probabilities a token (ipo: always)")
+    add("--reference-model", help="folder or name (default: the model itself as it is before training)")
+    # what is trained
+    add("--fine-tune-type", choices=["lora", "dora", "full"], default="lora", help="(default: lora)")
+    add("--num-layers", type=number(int, -1), default=-1, help="last N layers; -1: all (default)")
+    add("--rank", type=count, help="of LoRA, DoRA (default: 8)")
+    add("--scale", type=real(0), help="of LoRA, DoRA: PEFT's alpha / rank (default: 20)")
+    add("--dropout", type=real(0, 0.99), help="of LoRA, DoRA inputs (default: 0, off)")
+    add("--keys", nargs="+", help="layers for LoRA, DoRA, as self_attn.q_proj (default: every linear layer)")
+    add("--resume-adapter-file", help="start from this adapters.safetensors, which is then the reference too")
+    # optimization
+    add("--epochs", type=count, default=1, help="passes over the pairs (default: 1)")
+    add("--iters", type=count, help="updates, instead of --epochs")
+    add("--batch-size", type=count, default=4, help="pairs a batch (default: 4)")
+    add("--grad-accumulation-steps", type=count, default=1, help="batches an update (default: 1)")
+    add("--learning-rate", type=real(0), help="peak (default: 1e-5; full: 1e-6)")
+    add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine", help="(default: cosine)")
+    add("--warmup", type=real(0), default=0.1, help="share of the updates; 1 or more: updates (default: 0.1)")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: adamw)")
+    add("--grad-checkpoint", action=switch, help="less memory, about 1.3 times the time")
+    add("--seed", type=number(int, 0), default=0, help="of adapters, order, dropout, split (default: 0)")
+    # measuring and saving
+    add("--adapter-path", default="adapters", help="output; an older run there is moved aside (default: adapters)")
+    add("--steps-per-report", type=count, default=10, help="updates (default: 10)")
+    add("--steps-per-eval", type=count, default=200, help="updates (default: 200)")
+    add("--save-every", type=count, default=100, help="updates (default: 100)")
+    add("--val-batches", type=number(int, -1), default=-1, help="a seeded sample of the valid pairs; -1: all (default)")
+    add("--test-batches", type=number(int, -1), default=-1, help="a seeded sample of the test pairs; -1: all (default)")
+    add("--report-to", help="wandb, swanlab or wandb,swanlab")
+    add("--project-name", help="for --report-to")
+    with blame("dpo_trainer.py", "--help lists all options"):
+        args = parser.parse_args(words)
+        if not (args.config or args.model):
+            print("No --model given: training the bundled one as data/demo.yaml says. Yours: --model FOLDER_OR_NAME")
+            args.config = "data/demo.yaml"
+        if args.config:
+            args = parser.parse_args(config_words(parser, args.config) + words)
+        args.train, full = args.train or args.test is None, args.fine_tune_type == "full"
+        lora = {name: getattr(args, name) for name in ("rank", "scale", "dropout", "keys") if getattr(args, name)}
+        need(args.model and (args.data or args.test), "name a model with --model and pairs with --data")
+        need(args.test != "" or not args.train or not Path(args.data).is_file(), "name the test file: --test FILE")
+        need(args.loss in ("sigmoid", "dpop") or not args.label_smoothing, f"{args.loss} has no --label-smoothing")
+        need(args.loss == "dpop" or args.delta is None, f"{args.loss} has no --delta")
+        need(not (full and lora), f"full fine-tuning has no --{next(iter(lora), '')}")
+        for package in args.report_to.split(",") if args.report_to else []:
+            importlib.import_module(package)
+    args.learning_rate = args.learning_rate or (1e-6 if full else 1e-5)
+    args.lora_parameters = None if full else {"rank": 8, "scale": 20.0, "dropout": 0.0, **lora}
+    return args
+
+
+def config_words(parser, path):
+    """Return a YAML file's options as command-line words, to be checked alike; exit with file:line if wrong."""
+    with blame(path, "a config is a YAML file of options, as data/demo.yaml"):
+        text = Path(path).read_text(encoding="utf-8")
+        config, words = dict(yaml.safe_load(text) or {}), []
+    for key, item in config.items():
+        line = next((i for i, row in enumerate(text.splitlines(), 1) if row.startswith(f"{key}:")), 1)
+        is_block = key in ("lora_parameters", "lr_schedule", "hf_dataset") and isinstance(item, dict)
+        for name, value in item.items() if is_block else [(key, item)]:
+            flag = (YAML_NAMES.get(name, name) if is_block else str(name)).replace("_", "-")
+            values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
+            new = [f"--no-{flag}" if value is False else f"--{flag}", *map(str, values)]
+            if value is not None and new != ["--no-test"]:
+                with blame(f"{path}:{line}", "--help lists all options"):
+                    need(not parser.parse_known_args(new)[1], f"unknown option '{name}'")
+                words += new
+    return words
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def read_rows(source, split):
+    """Yield (place, value) of each row of a .jsonl file, a folder's SPLIT.jsonl or a hub dataset (NAME, NAME:SPLIT)."""
+    path = Path(source, f"{split}.jsonl") if Path(source).is_dir() else Path(source)
+    if not path.exists() and path.suffix != ".jsonl":
+        name, _, given = str(source).partition(":")
+        with blame(source, "no such file or folder; a hub dataset needs pip install datasets, and the network"):
+            rows = importlib.import_module("datasets").load_dataset(name, split=given or split)
+        yield from ((f"{name}:{number}", row) for number, row in enumerate(rows, 1))
+        return
+    with blame(path, "give a .jsonl file, a folder with train.jsonl or a hub dataset's name"):
+        lines = open(path, "rb")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with blame(f"{path}:{number}", "each line must be one JSON object in UTF-8"):
+                row = json.loads(line.decode("utf-8-sig"))
+            yield f"{path}:{number}", row
+
+
+def load_pairs(args, source, split):
+    """Return the pairs of one split; exit with file:line at a line that is none, but leave out such rows of the hub."""
+    is_file, pairs, count = Path(source).exists(), [], 0
+    for count, (place, row) in enumerate(read_rows(source, split), 1):
+        with blame(place, "mend or delete the line") if is_file else suppress(ValueError):
+            pairs.append({"place": place, **read_pair(row, args)})
+    if len(pairs) < count:
+        print(f"{source}: {count - len(pairs)} of {count} rows are no pairs and were left out")
+    return pairs or sys.exit(f"{source}: no {split} pairs in it: put one JSON object on each line")
+
+
+def read_pair(row, args):
+    """Return a row as {"prompt": messages, "chosen": message, "rejected": message, "tools", "weight"}.
+
+    Forms: prompt (text or messages) or messages (user turn last), with chosen and rejected (text or messages); chosen
+    and rejected as whole conversations, whose common beginning is the prompt; messages that end in the chosen answer,
+    with rejected. Raises ValueError.
+    """
+    names = [args.prompt_feature, args.chosen_feature, args.rejected_feature]
+    need(isinstance(row, dict), f"not an object with {', '.join(names)}")
+    prompt, chosen, rejected = (row.get(name) for name in names)
+    prompt = to_messages(row.get("messages", []) if prompt is None else prompt, "user", names[0])
+    if chosen is None and "messages" in row:
+        prompt, chosen = prompt[:-1], prompt[-1:]
+    sides = [to_messages(side, "assistant", name) for side, name in zip((chosen, rejected), names[1:])]
+    sides = [side if prompt and side[: len(prompt)] == prompt else prompt + side for side in sides]
+    prompt, answers = os.path.commonprefix([side[:-1] for side in sides]), [side[-1] for side in sides if side]
+    need(prompt and prompt[-1]["role"] in ("user", "tool"), f"'{names[0]}' must be there and end in a user turn")
+    need({len(side) for side in sides} == {len(prompt) + 1}, "chosen and rejected must differ in one turn, the last")
+    need({answer["role"] for answer in answers} == {"assistant"}, "chosen and rejected must be the assistant's turn")
+    need(all((a.get("content") or "").strip() or a.get("tool_calls") for a in answers), "an answer is empty")
+    need(answers[0] != answers[1], "chosen and rejected are equal")
+    system, tools, weight = row.get("system") or "", row.get("tools"), row.get("weight", 1.0)
+    need(isinstance(system, str) and isinstance(tools or [], list), "'system' must be a text and 'tools' a list")
+    need(type(weight) in (int, float) and 0 <= weight < 1e9, "'weight' must be a number from 0 up")
+    if system and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}] + prompt
+    return {"prompt": prompt, "chosen": answers[0], "rejected": answers[1], "tools": tools, "weight": float(weight)}
+
+
+def to_messages(value, role, name):
+    """Return a text as one message of that role, and messages as they are; raise ValueError at anything else."""
+    messages = [{"role": role, "content": value}] if isinstance(value, str) else value
+    need(isinstance(messages, list), f"'{name}' must be there, as a text or a list of messages")
+    for message in messages:
+        role = message.get("role") if isinstance(message, dict) else None
+        need(role in ("system", "developer", "user", "assistant", "tool"), f"'{name}': not a message with a known role")
+        need(isinstance(message.get("content"), str) or message.get("tool_calls"), f"'{name}': content must be a text")
+    return messages
+
+
+def load_splits(args):
+    """Return {"train", "valid", "test": pairs}; with no valid.jsonl a tenth of the prompts, at most 200, held out."""
+    splits = {"test": load_pairs(args, args.test or args.data, "test")} if args.test is not None else {}
+    if args.train:
+        splits["train"] = pairs = load_pairs(args, args.data, "train")
+        if Path(args.data, "valid.jsonl").exists():
+            return splits | {"valid": load_pairs(args, args.data, "valid")}
+        prompts = sorted({json.dumps(pair["prompt"]) for pair in pairs})
+        held_out = set(random.Random(args.seed).sample(prompts, min(len(prompts) // 10, 200)))
+        for name in ("train", "valid"):  # by prompt: none is on both sides
+            splits[name] = [pair for pair in pairs if (json.dumps(pair["prompt"]) in held_out) == (name == "valid")]
+    return splits
+
+
+def encode_pair(tokenizer, messages, chosen, rejected, tools=None):
+    """Return the token ids of prompt, chosen and rejected (end of turn included), and how many prompt tokens moved.
+
+    The response is what the template writes after the prompt. Where a template rewrites the end of the prompt once an
+    answer follows, the tokens from there on count as response: none is skipped. No template: each text by itself, EOS.
+    """
+    if tokenizer.has_chat_template:
+        render = partial(tokenizer.apply_chat_template, tools=tools)
+        ids = [render(messages, add_generation_prompt=True), render(messages + [chosen]), render(messages + [rejected])]
+    else:
+        start = tokenizer.encode("\n".join(message["content"] for message in messages))
+        answers = [tokenizer.encode(side["content"], add_special_tokens=False) for side in (chosen, rejected)]
+        ids = [start, *(start + answer + [tokenizer.eos_token_id] for answer in answers)]
+    bos = [tokenizer.bos_token_id]  # once, as when generating, whether the template writes it, the tokenizer, or both
+    while ids[0][:2] == bos * 2:
+        ids = [row[1:] for row in ids]
+    if tokenizer.encode("")[:1] == bos != ids[0][:1]:
+        ids = [bos + row for row in ids]
+    shared = len(os.path.commonprefix(ids))
+    return ids[0][:shared], ids[1][shared:], ids[2][shared:], len(ids[0]) - shared
+
+
+def encode_pairs(tokenizer, pairs, limit):
+    """Return the pairs as {"prompt", "chosen", "rejected": token ids, "weight"}; print what was shortened or skipped.
+
+    A pair of more than limit tokens loses its oldest turns (a system message stays), never a part of an answer.
+    """
+    kept, shortened, long, moved = [], 0, 0, 0
+    for pair in tqdm(pairs, desc="tokenizing", leave=False, disable=len(pairs) < 2000):
+        first = int(pair["prompt"][0]["role"] == "system")
+        later = [i for i, message in enumerate(pair["prompt"]) if message["role"] == "user" and i > first]
+        for start in [first, *later]:
+            with blame(pair["place"], "the model's chat template refuses this conversation"):
+                messages = pair["prompt"][:first] + pair["prompt"][start:]
+                *ids, moves = encode_pair(tokenizer, messages, pair["chosen"], pair["rejected"], pair["tools"])
+            if fits := len(ids[0]) + max(map(len, ids[1:])) <= limit:
+                break
+        shortened, long, moved = shortened + (fits and start > first), long + (not fits), max(moved, moves)
+        if fits and ids[1] != ids[2]:
+            kept.append(dict(zip(("prompt", "chosen", "rejected"), ids), weight=pair["weight"]))
+    if shortened or len(kept) < len(pairs):
+        equal = len(pairs) - len(kept) - long
+        print(f"{shortened} pairs shortened to --max-seq-length, {long} skipped as too long, {equal} as equal")
+    if moved:
+        print(f"The chat template rewrites up to {moved} tokens at the prompt's end: they are scored with the answer")
+    return kept or sys.exit(f"{pairs[0]['place']} and all other pairs are too long: raise --max-seq-length {limit}")
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+
+def make_batch(pairs, multiple=32):
+    """Return B pairs as right-padded arrays: rows (2B, R + 1), mask (2B, R), ref_logps (2B,), weights (B,).
+
+    rows hold the prompt, too, so that R counts it; mask is 1 where the target, rows[:, 1:], is a response token.
+    """
+    count, rows = len(pairs), [pair["prompt"] + pair[side] for side in ("chosen", "rejected") for pair in pairs]
+    width = multiple * math.ceil((max(map(len, rows)) - 1) / multiple)  # few shapes, so few compilations
+    ids, mask = np.zeros((2 * count, width + 1), np.int32), np.zeros((2 * count, width), np.float32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, len(pairs[i % count]["prompt"]) - 1 : len(row) - 1] = 1
+    refs = np.float32([pair.get("ref_logps", (0, 0)) for pair in pairs]).T.reshape(-1)
+    batch = {"rows": ids, "mask": mask, "ref_logps": refs, "weights": np.float32([pair["weight"] for pair in pairs])}
+    return {name: mx.array(value) for name, value in batch.items()}
+
+
+def response_logits(model, batch):
+    """Return the logits of a batch's targets: (2B, R, V) in the model's dtype."""
+    return model(batch["rows"][:, :-1])
+
+
+def token_logps(logits, targets, mask):
+    """Return log softmax(logits) at the targets, (2B, R) float32 (bfloat16 sums lose the margin), 0 where mask is 0."""
+    logits = logits.astype(mx.float32)
+    picked = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
+    return mx.where(mask > 0, picked - mx.logsumexp(logits, axis=-1), 0.0)
+
+
+def completion_logps(model, batch):
+    """Return the log-probability of each row's response given its prompt, summed over its tokens: (2B,) float32."""
+    return token_logps(response_logits(model, batch), batch["rows"][:, 1:], batch["mask"]).sum(-1)
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, loss="sigmoid", label_smoothing=0.0, delta=None):
+    """Return (losses, chosen_rewards, rejected_rewards), each (B,), from the answers' log-probabilities, each (B,).
+
+    sigmoid: Eq. 7 of arXiv 2305.18290, with label_smoothing Eq. 3 of Mitchell's note on conservative DPO. hinge: SLiC,
+    arXiv 2305.10425. ipo: Eq. 17 of arXiv 2310.12036, of log-probabilities a token. dpop: arXiv 2402.13228, but its
+    penalty stands outside the sigmoid, where it does not fade as a pair is won; delta 5: the paper's lambda 50 x beta.
+    """
+    chosen_rewards, rejected_rewards = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    margins = chosen_rewards - rejected_rewards
+    losses = (1 - label_smoothing) * mx.logaddexp(0, -margins) + label_smoothing * mx.logaddexp(0, margins)
+    if loss == "hinge":
+        losses = mx.maximum(1 - margins, 0)
+    elif loss == "ipo":
+        losses = (margins / beta - 1 / (2 * beta)) ** 2
+    elif loss == "dpop":
+        losses = losses + (5.0 if delta is None else delta) * mx.maximum(ref_chosen - chosen, 0)
+    return losses, chosen_rewards, rejected_rewards
+
+
+def pair_metrics(logps, batch, args):
+    """Return {"loss", "rewards/...", "logps/...": (B,)} from the rows' log-probabilities (2B,)."""
+    lengths = batch["mask"].sum(-1) if args.length_normalize or args.loss == "ipo" else 1
+    parts = [*(logps / lengths).reshape(2, -1), *(batch["ref_logps"] / lengths).reshape(2, -1)]
+    losses, won, lost = dpo_loss(*parts, args.beta, args.loss, args.label_smoothing, args.delta)
+    metrics = {"loss": losses * batch["weights"], "rewards/chosen": won, "rewards/rejected": lost}
+    metrics |= {"rewards/margins": won - lost, "rewards/accuracies": won > lost}
+    chosen, rejected = logps.reshape(2, -1)
+    return metrics | {"logps/chosen": chosen, "logps/rejected": rejected, "logps/accuracies": chosen > rejected}
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def load_policy(args, weights_file=None):
+    """Return the model, with an adapter if its file is given; then args say what it adapts, and how strongly."""
+    with blame(weights_file or args.model, f"nothing to load for {args.model}"):
+        folder = weights_file and Path(weights_file).parent
+        model = mlx_lm.load(args.model, adapter_path=folder and str(folder))[0]
+        if weights_file:
+            need(Path(weights_file).name == "adapters.safetensors", "give a folder's adapters.safetensors")
+            config = json.loads((folder / "adapter_config.json").read_text())
+            vars(args).update({name: config[name] for name in ("fine_tune_type", "num_layers", "lora_parameters")})
+    return model
+
+
+def trainable_parameters(model, args, has_adapter):
+    """Freeze the model, add LoRA or DoRA layers (or find them) or unfreeze whole ones; return their float32 parameters.
+
+    Returns, too, a like tree of the dtypes to compute in: LoRA's is the model's own, since float32 adapters make every
+    activation float32; DoRA's is float32, for its norms.
+    """
+    floats = [w for _, w in tree_flatten(model.parameters()) if mx.issubdtype(w.dtype, mx.floating)]
+    common = max({w.dtype for w in floats}, key=lambda dtype: sum(w.size for w in floats if w.dtype == dtype))
+    mx.random.seed(args.seed)
+    model.freeze()
+    if args.fine_tune_type == "full":
+        for layer in model.layers[-max(args.num_layers, 0) :]:
+            layer.unfreeze()
+    elif has_adapter:
+        model.unfreeze(keys=["lora_a", "lora_b", "m"], strict=False)
+    else:
+        linear_to_lora_layers(model, args.num_layers, args.lora_parameters, args.fine_tune_type == "dora")
+    own = model.trainable_parameters()
+    dtypes = tree_map(lambda w: {"lora": common, "dora": mx.float32}.get(args.fine_tune_type, w.dtype), own)
+    return tree_map(lambda w: w.astype(mx.float32), own), dtypes
+
+
+def install(model, params, dtypes, training=False):
+    """Return the model with these parameters, cast to their compute dtypes; called inside compiled functions."""
+    model.update(tree_map(lambda w, dtype: w.astype(dtype), params, dtypes))
+    return model.train(training)
+
+
+def sorted_batches(pairs, size):
+    """Return lists of size pairs of like length; the last may be shorter."""
+    pairs = sorted(pairs, key=lambda pair: len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"])))
+    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+
+def add_reference(model, pairs, batch_size):
+    """Give each pair "ref_logps", the log-probabilities of its chosen and rejected answer under the model as it is."""
+    score = mx.compile(partial(completion_logps, model))
+    for batch in tqdm(sorted_batches(pairs, batch_size), desc="reference", leave=False):
+        for pair, ref_logps in zip(batch, np.array(score(make_batch(batch))).reshape(2, -1).T):
+            pair["ref_logps"] = ref_logps
+
+
+def mean_metrics(found):
+    """Return the mean over all pairs of each metric, from one dict of arrays a batch."""
+    return {name: float(np.concatenate([np.array(f[name]) for f in found]).mean()) for name in found[0]}
+
+
+def evaluate(model, params, initial, dtypes, pairs, args, size=-1):
+    """Return the mean of every metric over the pairs, the chosen answers' perplexity, and KL(policy || reference).
+
+    KL is exact, from both distributions, in nats a response token; initial, the parameters that make the model its own
+    reference, is None where there are none, and KL is left out. size: batches of pairs, a seeded sample; -1: all.
+    """
+
+    @mx.compile
+    def measure(params, initial, batch):
+        logits = response_logits(install(model, params, dtypes), batch)
+        metrics = pair_metrics(token_logps(logits, batch["rows"][:, 1:], batch["mask"]).sum(-1), batch, args)
+        ref_logits = response_logits(install(model, initial, dtypes), batch) if initial else logits
+        kl = mx.array(0.0)
+        for *both, mask in zip(logits, ref_logits, batch["mask"]):  # float32 copies of one row, not of all
+            p, q = (x.astype(mx.float32) - mx.logsumexp(x.astype(mx.float32), axis=-1, keepdims=True) for x in both)
+            kl += ((mx.exp(p) * (p - q)).sum(-1) * mask).sum()
+        return metrics, kl
+
+    if 0 < size * args.batch_size < len(pairs):
+        pairs = random.Random(args.seed).sample(pairs, size * args.batch_size)
+    batches = tqdm(sorted_batches(pairs, args.batch_size), desc="measuring", leave=False)
+    found, kl = zip(*(measure(params, initial, make_batch(batch)) for batch in batches))
+    means, refs = mean_metrics(found), np.array([pair["ref_logps"] for pair in pairs])
+    chosen, rejected = (sum(len(pair[side]) for pair in pairs) for side in ("chosen", "rejected"))
+    means["ref_logps/accuracies"] = float((refs[:, 0] > refs[:, 1]).mean())
+    means["perplexity/chosen"] = math.exp(-means["logps/chosen"] * len(pairs) / chosen)
+    means["perplexity/ref_chosen"] = math.exp(-refs[:, 0].sum() / chosen)
+    return means | ({"kl": float(sum(kl)) / (chosen + rejected)} if initial else {})
+
+
+def plan_updates(pairs, args):
+    """Return the batches of each update of the run: every batch once an epoch, in that epoch's own seeded order."""
+    batches, plan, size = sorted_batches(pairs, args.batch_size), [], args.grad_accumulation_steps
+    epochs = math.ceil(args.iters / math.ceil(len(batches) / size)) if args.iters else args.epochs
+    for epoch in range(epochs):
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(batches))
+        plan += [[batches[j] for j in order[i : i + size]] for i in range(0, len(order), size)]
+    return plan[: args.iters]
+
+
+def make_optimizer(args, updates):
+    """Return the optimizer; its rate rises linearly, then falls until the last update as --lr-schedule says."""
+    warmup = int(args.warmup if args.warmup >= 1 else args.warmup * updates)
+
+    def rate(step):  # step: an unsigned array, the updates done
+        done = mx.clip((step.astype(mx.float32) - warmup) / max(updates - warmup, 1), 0, 1)
+        falls = {"cosine": (1 + mx.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
+        return args.learning_rate * mx.minimum((step + 1) / max(warmup, 1), falls[args.lr_schedule])
+
+    # without the correction, mlx's default, Adam's first steps are three times too long
+    return OPTIMIZERS[args.optimizer](rate, **({"bias_correction": True} if args.optimizer.startswith("adam") else {}))
+
+
+def train(model, params, dtypes, plan, args):
+    """Yield (step, params, metrics) after each update of the plan; metrics are arrays (B,) of its pairs, or (1,)."""
+    optimizer = make_optimizer(args, len(plan))
+    optimizer.init(params)
+    state = [optimizer.state, mx.random.state]
+
+    def batch_loss(params, batch):
+        logps = completion_logps(install(model, params, dtypes, training=True), batch)
+        return pair_metrics(logps, batch, args)["loss"].sum(), logps
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def step(params, gradients, batch, count):
+        """Add the batch's gradients; given the count of the update's pairs, which its last batch is, update too."""
+        (_, logps), new = mx.value_and_grad(batch_loss)(params, batch)
+        gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+        if count is None:
+            return params, gradients, pair_metrics(logps, batch, args), None
+        gradients, norm = optim.clip_grad_norm(tree_map(lambda g: g / count, gradients), 1.0)
+        return optimizer.apply_gradients(gradients, params), None, pair_metrics(logps, batch, args), norm
+
+    for update, group in enumerate(plan, 1):
+        start, pairs, found, gradients, new = time.perf_counter(), sum(group, []), [], None, params
+        for batch in group:
+            count = mx.array(len(pairs)) if batch is group[-1] else None
+            new, gradients, metrics, norm = step(params, gradients, make_batch(batch), count)
+            mx.eval(new, gradients, metrics, norm, optimizer.state)
+            found.append(metrics)
+        if not math.isfinite(norm.item()):
+            return  # without this update: what was yielded last stays good
+        params, metrics = new, {name: np.concatenate([np.array(f[name]) for f in found]) for name in metrics}
+        tokens = sum(2 * len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
+        rates = {"grad_norm": norm.item(), "learning_rate": optimizer.learning_rate.item()}
+        rates |= {"tokens_per_second": tokens / (time.perf_counter() - start)}
+        rates |= {"peak_memory_gb": mx.get_peak_memory() / 1e9}
+        yield update, params, metrics | {name: [rate] for name, rate in rates.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
+def save_weights(path, weights):
+    """Write a safetensors file under another name, flush it to disk and rename it: it appears whole or not at all."""
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    mx.save_safetensors(str(unfinished), dict(tree_flatten(weights)))
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def report(step, split, metrics, args, callback=None):
+    """Print a line of the metrics; in training also append them to metrics.jsonl and give them to wandb or swanlab."""
+    shown = ("loss", "accuracies", "margins", "kl", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb")
+    line = [f"{name} {value:.4g}" for name, value in metrics.items() if name.removeprefix("rewards/") in shown]
+    tqdm.write(f"step {step} {split}: {'  '.join(line)}")
+    if args.train:
+        with open(Path(args.adapter_path, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+    if callback:
+        tell = callback.on_train_loss_report if split == "train" else callback.on_val_loss_report
+        tell({"iteration": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
+
+
+def main():
+    args = parse_args(sys.argv[1:])
+    folder, splits = Path(args.adapter_path), load_splits(args)
+    with blame(folder, "choose another --adapter-path"):  # now, not after an hour
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.parent).close()
+    with blame(args.model, "no model can be loaded from there"):
+        tokenizer = load_tokenizer(args.model)
+    splits = {name: encode_pairs(tokenizer, pairs, args.max_seq_length) for name, pairs in splits.items() if pairs}
+    every_pair, reference = sum(splits.values(), []), args.reference_model or (not args.train and args.model)
+    if reference:  # scored and gone before the policy comes
+        with blame(reference, "it cannot be the reference"):
+            model, other = mlx_lm.load(reference)
+            need(other.get_vocab() == tokenizer.get_vocab(), "it has another tokenizer")
+        add_reference(model, every_pair, args.batch_size)
+        del model
+    weights_file = args.resume_adapter_file or (None if args.train else folder / "adapters.safetensors")
+    model = load_policy(args, weights_file)
+    if not reference:
+        add_reference(model, every_pair, args.batch_size)
+    params, dtypes = trainable_parameters(model, args, has_adapter=bool(weights_file))
+    start_params = None if reference or args.fine_tune_type == "full" else params
+    if start_params is None:
+        print("kl is left out: the reference is no setting of the parameters that are trained")
+
+    def measure(step, name, size, callback=None):
+        if name in splits:
+            metrics = evaluate(model, params, start_params, dtypes, splits[name], args, size)
+            report(step, name, metrics, args, callback)
+            return metrics
+
+    if not args.train:
+        return measure(0, "test", args.test_batches)
+    if not reference:  # nothing is trained yet, so every margin is 0 and the loss log 2, but for rounding
+        batch = make_batch(splits["train"][: args.batch_size])
+        gaps = abs(completion_logps(install(model, params, dtypes), batch) - batch["ref_logps"]) / batch["mask"].sum(-1)
+        exact = all(w.dtype == mx.float32 for _, w in tree_flatten(model.trainable_parameters()))
+        if not gaps.max().item() <= (1e-5 if exact else 5e-3):
+            sys.exit(f"self-check: untrained, the policy is {gaps.max().item():.1e} nats a token off the reference")
+
+    with blame(folder, "choose another --adapter-path"):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):  # no run mixes with an earlier one
+            older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
+            print(f"The earlier run in {folder} is now in {folder.rename(older)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(dict(vars(args)), folder / "adapter_config.json")
+        shutil.copy(__file__, folder)
+    callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
+    if args.grad_checkpoint:
+        grad_checkpoint(model.layers[0])
+    plan, found, measured, interrupts, step = plan_updates(splits["train"], args), [], {}, [], 0
+    signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
+    measure(0, "valid", args.val_batches, callback)
+    for step, params, metrics in train(model, params, dtypes, tqdm(plan, desc="training"), args):
+        found, last = found + [metrics], step == len(plan) or bool(interrupts)
+        if step % args.steps_per_report == 0 or last:
+            report(step, "train", mean_metrics(found), args, callback)
+            found = []
+        if step % args.save_every == 0 or last:
+            save_weights(folder / "adapters.safetensors", tree_map(lambda w, dtype: w.astype(dtype), params, dtypes))
+        if step % args.steps_per_eval == 0 or step == len(plan):
+            measured["valid"] = measure(step, "valid", args.val_batches, callback)
+        if interrupts:
+            break
+    if step < len(plan):
+        why = "interrupted" if interrupts else f"the loss of step {step + 1} is not finite: lower --learning-rate"
+        sys.exit(f"{why}; {folder} holds step {step} of {len(plan)}")
+    measured["test"] = measure(step, "test", args.test_batches, callback)
+    for name, metrics in ((name, metrics) for name, metrics in measured.items() if metrics):
+        before, after = metrics["ref_logps/accuracies"], metrics["rewards/accuracies"]
+        print(f"{name}: accuracy on {len(splits[name])} held-out pairs {before:.2f} -> {after:.2f}")
+    prompt = next(pair["prompt"][-1]["content"] for pair in load_splits(args)["train"])
+    print(f"Next: mlx_lm.generate --model {args.model} --adapter-path {folder} --prompt {shlex.quote(prompt)}")
+
+
+if __name__ == "__main__":
+    main()
