@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["mlx[cpu]>=0.32.2", "mlx-lm>=0.32.2", "numpy", "tqdm"]
+# dependencies = ["mlx[cpu]>=0.32.4", "mlx-lm>=0.32.2", "numpy", "tqdm"]
 # ///
 """
 Fine-tune a chat model on preference pairs with DPO (LoRA, DoRA or full), holding one model in memory.
@@ -19,11 +19,13 @@ Letters: B pairs, 2B rows (the chosen answers, then the rejected), R response to
 """
 
 import argparse
-import importlib
+import importlib.util
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -42,14 +44,19 @@ import yaml
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.tuner.trainer import grad_checkpoint
-from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 from mlx_lm.utils import load_tokenizer, save_config
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------- options
 
+ADAPTER = {"fine_tune_type": "lora", "num_layers": -1, "rank": 8, "scale": 20.0, "dropout": 0.0, "keys": None}
 OPTIMIZERS = {name.lower(): getattr(optim, name) for name in ("AdamW", "Adam", "SGD", "Adafactor", "Muon")}
-YAML_NAMES = {"path": "data", "name": "lr_schedule", "warmup_steps": "warmup"}  # in a config's blocks; the rest as here
+YAML_BLOCKS = {  # nested blocks of a config, and their keys that have another name here
+    "lora_parameters": {},
+    "hf_dataset": {"path": "data", "name": "data"},
+    "lr_schedule": {"name": "lr_schedule", "warmup_steps": "warmup"},
+}
 
 
 def need(condition, problem):
@@ -63,7 +70,7 @@ def blame(place, advice):
     try:
         yield
     except Exception as error:
-        sys.exit(f"{place}: {' '.join(str(error).split())}: {advice}")
+        sys.exit(f"{place}: {' '.join(str(error).split())[:300]}: {advice}")
 
 
 def number(kind, low, high=sys.float_info.max):
@@ -73,8 +80,18 @@ def number(kind, low, high=sys.float_info.max):
         need(low <= (value := kind(text)) <= high, "out of range")
         return value
 
-    convert.__name__ = f"{kind.__name__} from {low:g} to {high:.3g}"  # argparse puts it into its message
+    convert.__name__ = f"{kind.__name__} from {low:g} {f'to {high:.3g}' if high < 1e300 else 'up'}"  # for argparse
     return convert
+
+
+def schedule(text):
+    """Return a schedule's name, or mlx_lm.lora's block, whose arguments stand for --learning-rate and --warmup."""
+    block = yaml.safe_load(text)
+    if isinstance(block, dict):
+        block["arguments"] = [float(x) for x in block["arguments"]]
+        build_schedule(block)
+    need(isinstance(block, dict) or block in ("cosine", "linear", "constant"), "no such schedule")
+    return block
 
 
 def parse_args(words):
@@ -92,7 +109,7 @@ def parse_args(words):
     add("--prompt-feature", default="prompt", help="column of the prompt (default: prompt)")
     add("--chosen-feature", default="chosen", help="column of the better answer (default: chosen)")
     add("--rejected-feature", default="rejected", help="column of the worse answer (default: rejected)")
-    add("--max-seq-length", type=count, default=1024, help="tokens; oldest turns go first, answers stay whole")
+    add("--max-seq-length", type=count, default=1024, help="tokens (default: 1024); old turns go, answers stay whole")
     # objective
     add("--loss", choices=["sigmoid", "hinge", "ipo", "dpop"], default="sigmoid", help="(default: sigmoid)")
     add("--beta", type=real(1e-6), default=0.1, help="hold on the reference, 0.01 loose to 0.5 (default: 0.1)")
@@ -101,8 +118,8 @@ def parse_args(words):
     add("--length-normalize", action=switch, help="log-probabilities a token (ipo: always)")
     add("--reference-model", help="folder or name (default: the model itself as it is before training)")
     # what is trained
-    add("--fine-tune-type", choices=["lora", "dora", "full"], default="lora", help="(default: lora)")
-    add("--num-layers", type=number(int, -1), default=-1, help="last N layers; -1: all (default)")
+    add("--fine-tune-type", choices=["lora", "dora", "full"], help="(default: lora)")
+    add("--num-layers", type=number(int, -1), help="last N layers; -1: all (default)")
     add("--rank", type=count, help="of LoRA, DoRA (default: 8)")
     add("--scale", type=real(0), help="of LoRA, DoRA: PEFT's alpha / rank (default: 20)")
     add("--dropout", type=real(0, 0.99), help="of LoRA, DoRA inputs (default: 0, off)")
@@ -113,19 +130,19 @@ def parse_args(words):
     add("--iters", type=count, help="updates, instead of --epochs")
     add("--batch-size", type=count, default=4, help="pairs a batch (default: 4)")
     add("--grad-accumulation-steps", type=count, default=1, help="batches an update (default: 1)")
-    add("--learning-rate", type=real(0), help="peak (default: 1e-5; full: 1e-6)")
-    add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine", help="(default: cosine)")
+    add("--learning-rate", type=real(0, 10), help="peak (default: 1e-5; full: 1e-6)")
+    add("--lr-schedule", type=schedule, default="cosine", help="cosine, linear or constant (default: cosine)")
     add("--warmup", type=real(0), default=0.1, help="share of the updates; 1 or more: updates (default: 0.1)")
     add("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: adamw)")
     add("--grad-checkpoint", action=switch, help="less memory, about 1.3 times the time")
-    add("--seed", type=number(int, 0), default=0, help="of adapters, order, dropout, split (default: 0)")
+    add("--seed", type=number(int, 0, 2**63), default=0, help="of adapters, order, dropout, split (default: 0)")
     # measuring and saving
     add("--adapter-path", default="adapters", help="output; an older run there is moved aside (default: adapters)")
     add("--steps-per-report", type=count, default=10, help="updates (default: 10)")
     add("--steps-per-eval", type=count, default=200, help="updates (default: 200)")
     add("--save-every", type=count, default=100, help="updates (default: 100)")
-    add("--val-batches", type=number(int, -1), default=-1, help="a seeded sample of the valid pairs; -1: all (default)")
-    add("--test-batches", type=number(int, -1), default=-1, help="a seeded sample of the test pairs; -1: all (default)")
+    add("--val-batches", type=number(int, -1), default=-1, help="sample of the valid pairs; -1, 0: all (default)")
+    add("--test-batches", type=number(int, -1), default=-1, help="sample of the test pairs; -1, 0: all (default)")
     add("--report-to", help="wandb, swanlab or wandb,swanlab")
     add("--project-name", help="for --report-to")
     with blame("dpo_trainer.py", "--help lists all options"):
@@ -133,19 +150,41 @@ def parse_args(words):
         if not (args.config or args.model):
             print("No --model given: training the bundled one as data/demo.yaml says. Yours: --model FOLDER_OR_NAME")
             args.config = "data/demo.yaml"
+            need(Path(args.config).exists(), "name a model with --model (data/demo.yaml is not here)")
         if args.config:
             args = parser.parse_args(config_words(parser, args.config) + words)
-        args.train, full = args.train or args.test is None, args.fine_tune_type == "full"
-        lora = {name: getattr(args, name) for name in ("rank", "scale", "dropout", "keys") if getattr(args, name)}
-        need(args.model and (args.data or args.test), "name a model with --model and pairs with --data")
-        need(args.test != "" or not args.train or not Path(args.data).is_file(), "name the test file: --test FILE")
+        need(args.train is not False or args.test is not None, "neither training nor a test is asked for")
+        args.train = args.train or args.test is None
+        need(args.model, "name a model with --model")
+        need(args.data or (args.test and not args.train), "name the pairs with --data")
+        named = args.test != "" or not args.train or not (Path(args.data).is_file() or ":" in args.data)
+        need(named, "what --data names is trained on: name the held-out pairs with --test NAME")
         need(args.loss in ("sigmoid", "dpop") or not args.label_smoothing, f"{args.loss} has no --label-smoothing")
         need(args.loss == "dpop" or args.delta is None, f"{args.loss} has no --delta")
-        need(not (full and lora), f"full fine-tuning has no --{next(iter(lora), '')}")
+        lora = [name for name in ("rank", "scale", "dropout", "keys") if getattr(args, name) is not None]
+        need(args.fine_tune_type != "full" or not lora, f"full fine-tuning has no --{lora and lora[0]}")
         for package in args.report_to.split(",") if args.report_to else []:
-            importlib.import_module(package)
-    args.learning_rate = args.learning_rate or (1e-6 if full else 1e-5)
-    args.lora_parameters = None if full else {"rank": 8, "scale": 20.0, "dropout": 0.0, **lora}
+            need(package in ("wandb", "swanlab"), f"--report-to takes wandb, swanlab or both, not {package}")
+            need(importlib.util.find_spec(package), f"{package} is not installed: pip install {package}")
+    return settle_adapter(args)
+
+
+def settle_adapter(args):
+    """Return args with what is adapted filled in: as the adapter to start from says, if there is one; or by default."""
+    file = args.resume_adapter_file or (None if args.train else f"{args.adapter_path}/adapters.safetensors")
+    says, args.adapter = dict(ADAPTER), file and str(Path(file).parent)
+    with blame(file, "name a folder's adapters.safetensors that was trained with these options"):
+        if file:
+            need(Path(file).name == "adapters.safetensors" and Path(file).exists(), "there is no such adapter")
+            config = json.loads((Path(args.adapter) / "adapter_config.json").read_text())
+            says |= {**config, **(config["lora_parameters"] or {})}
+        for name in ADAPTER:
+            told = getattr(args, name)
+            need(not file or told in (None, says[name]), f"this adapter has {name} {says[name]}, not {told}")
+            setattr(args, name, says[name] if told is None else told)
+    full, lora = args.fine_tune_type == "full", {name: getattr(args, name) for name in ("rank", "scale", "dropout")}
+    args.lora_parameters = None if full else {**lora, **({"keys": args.keys} if args.keys else {})}
+    args.learning_rate = args.learning_rate if args.learning_rate is not None else 1e-6 if full else 1e-5
     return args
 
 
@@ -153,17 +192,20 @@ def config_words(parser, path):
     """Return a YAML file's options as command-line words, to be checked alike; exit with file:line if wrong."""
     with blame(path, "a config is a YAML file of options, as data/demo.yaml"):
         text = Path(path).read_text(encoding="utf-8")
-        config, words = dict(yaml.safe_load(text) or {}), []
+        config, words = yaml.safe_load(text) or {}, []
+        need(isinstance(config, dict), "not lines of name: value")
     for key, item in config.items():
-        line = next((i for i, row in enumerate(text.splitlines(), 1) if row.startswith(f"{key}:")), 1)
-        is_block = key in ("lora_parameters", "lr_schedule", "hf_dataset") and isinstance(item, dict)
-        for name, value in item.items() if is_block else [(key, item)]:
-            flag = (YAML_NAMES.get(name, name) if is_block else str(name)).replace("_", "-")
+        block = item if key in YAML_BLOCKS and isinstance(item, dict) else {}
+        entries = {key: item} if not block or "arguments" in block else block  # mlx_lm.lora's schedule stays whole
+        for name, value in entries.items():
+            line = next((i for i, row in enumerate(text.splitlines(), 1) if row.strip().startswith(f"{name}:")), 1)
+            flag = str(YAML_BLOCKS.get(key, {}).get(name, name)).replace("_", "-")
             values = value if isinstance(value, list) else [] if isinstance(value, bool) else [value]
             new = [f"--no-{flag}" if value is False else f"--{flag}", *map(str, values)]
             if value is not None and new != ["--no-test"]:
                 with blame(f"{path}:{line}", "--help lists all options"):
-                    need(not parser.parse_known_args(new)[1], f"unknown option '{name}'")
+                    known = flag not in ("config", "help") and not parser.parse_known_args(new)[1]
+                    need(known, f"no such option or value: {name}: {value}")
                 words += new
     return words
 
@@ -197,7 +239,8 @@ def load_pairs(args, source, split):
             pairs.append({"place": place, **read_pair(row, args)})
     if len(pairs) < count:
         print(f"{source}: {count - len(pairs)} of {count} rows are no pairs and were left out")
-    return pairs or sys.exit(f"{source}: no {split} pairs in it: put one JSON object on each line")
+    advice = "put one on each line, or name its columns: --prompt-feature, --chosen-feature, --rejected-feature"
+    return pairs or sys.exit(f"{source}: no {split} pairs in it: {advice}")
 
 
 def read_pair(row, args):
@@ -214,14 +257,19 @@ def read_pair(row, args):
     if chosen is None and "messages" in row:
         prompt, chosen = prompt[:-1], prompt[-1:]
     sides = [to_messages(side, "assistant", name) for side, name in zip((chosen, rejected), names[1:])]
-    sides = [side if prompt and side[: len(prompt)] == prompt else prompt + side for side in sides]
-    prompt, answers = os.path.commonprefix([side[:-1] for side in sides]), [side[-1] for side in sides if side]
-    need(prompt and prompt[-1]["role"] in ("user", "tool"), f"'{names[0]}' must be there and end in a user turn")
+    for i, side in enumerate(sides):
+        if prompt and side[: len(prompt)] != prompt:
+            need(side and side[0]["role"] == "assistant", f"'{names[1 + i]}' must begin with the prompt or after it")
+            sides[i] = prompt + side
+    shared = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*(side[:-1] for side in sides)))
+    prompt, answers = [turns[0] for turns in shared], [side[-1] for side in sides if side]
+    need(prompt and prompt[-1]["role"] in ("user", "tool"), "there must be a prompt, and it must end in a user turn")
     need({len(side) for side in sides} == {len(prompt) + 1}, "chosen and rejected must differ in one turn, the last")
     need({answer["role"] for answer in answers} == {"assistant"}, "chosen and rejected must be the assistant's turn")
     need(all((a.get("content") or "").strip() or a.get("tool_calls") for a in answers), "an answer is empty")
     need(answers[0] != answers[1], "chosen and rejected are equal")
-    system, tools, weight = row.get("system") or "", row.get("tools"), row.get("weight", 1.0)
+    system, tools, weight = row.get("system") or "", row.get("tools"), row.get("weight")
+    weight = 1.0 if weight is None else weight
     need(isinstance(system, str) and isinstance(tools or [], list), "'system' must be a text and 'tools' a list")
     need(type(weight) in (int, float) and 0 <= weight < 1e9, "'weight' must be a number from 0 up")
     if system and prompt[0]["role"] != "system":
@@ -231,12 +279,17 @@ def read_pair(row, args):
 
 def to_messages(value, role, name):
     """Return a text as one message of that role, and messages as they are; raise ValueError at anything else."""
+    turns = re.split(r"\n\n(Human|Assistant):", value) if isinstance(value, str) else []
+    if len(turns) > 1 and not turns[0]:  # Anthropic's HH-RLHF: a conversation as one text
+        roles = ["user" if who == "Human" else "assistant" for who in turns[1::2]]
+        return [{"role": role, "content": text.strip()} for role, text in zip(roles, turns[2::2])]
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
     need(isinstance(messages, list), f"'{name}' must be there, as a text or a list of messages")
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         need(role in ("system", "developer", "user", "assistant", "tool"), f"'{name}': not a message with a known role")
-        need(isinstance(message.get("content"), str) or message.get("tool_calls"), f"'{name}': content must be a text")
+        content = "" if message.get("tool_calls") and message.get("content") is None else message.get("content")
+        need(isinstance(content, str), f"'{name}': content must be a text")
     return messages
 
 
@@ -273,6 +326,7 @@ def encode_pair(tokenizer, messages, chosen, rejected, tools=None):
     if tokenizer.encode("")[:1] == bos != ids[0][:1]:
         ids = [bos + row for row in ids]
     shared = len(os.path.commonprefix(ids))
+    need(shared, "the prompt has no token to start from")
     return ids[0][:shared], ids[1][shared:], ids[2][shared:], len(ids[0]) - shared
 
 
@@ -283,7 +337,7 @@ def encode_pairs(tokenizer, pairs, limit):
     """
     kept, shortened, long, moved = [], 0, 0, 0
     for pair in tqdm(pairs, desc="tokenizing", leave=False, disable=len(pairs) < 2000):
-        first = int(pair["prompt"][0]["role"] == "system")
+        first = int(pair["prompt"][0]["role"] in ("system", "developer"))
         later = [i for i, message in enumerate(pair["prompt"]) if message["role"] == "user" and i > first]
         for start in [first, *later]:
             with blame(pair["place"], "the model's chat template refuses this conversation"):
@@ -299,19 +353,23 @@ def encode_pairs(tokenizer, pairs, limit):
         print(f"{shortened} pairs shortened to --max-seq-length, {long} skipped as too long, {equal} as equal")
     if moved:
         print(f"The chat template rewrites up to {moved} tokens at the prompt's end: they are scored with the answer")
-    return kept or sys.exit(f"{pairs[0]['place']} and all other pairs are too long: raise --max-seq-length {limit}")
+    why = "too long: raise --max-seq-length" if long else "of equal answers, in tokens: bring other data"
+    return kept or sys.exit(f"{pairs[0]['place']}: this and every other pair is {why}")
 
 
 # ------------------------------------------------------------------------------------------------------------- loss
 
+# Rows are padded to a multiple of this: few shapes, so few compilations; CUDA's fused attention wants 128.
+PAD = 8 if mx.default_device() == mx.Device(mx.cpu) else 128 if mx.cuda.is_available() else 32
 
-def make_batch(pairs, multiple=32):
+
+def make_batch(pairs, multiple=PAD):
     """Return B pairs as right-padded arrays: rows (2B, R + 1), mask (2B, R), ref_logps (2B,), weights (B,).
 
     rows hold the prompt, too, so that R counts it; mask is 1 where the target, rows[:, 1:], is a response token.
     """
     count, rows = len(pairs), [pair["prompt"] + pair[side] for side in ("chosen", "rejected") for pair in pairs]
-    width = multiple * math.ceil((max(map(len, rows)) - 1) / multiple)  # few shapes, so few compilations
+    width = multiple * math.ceil((max(map(len, rows)) - 1) / multiple)
     ids, mask = np.zeros((2 * count, width + 1), np.int32), np.zeros((2 * count, width), np.float32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
@@ -327,10 +385,10 @@ def response_logits(model, batch):
 
 
 def token_logps(logits, targets, mask):
-    """Return log softmax(logits) at the targets, (2B, R) float32 (bfloat16 sums lose the margin), 0 where mask is 0."""
-    logits = logits.astype(mx.float32)
-    picked = mx.take_along_axis(logits, targets[..., None], axis=-1).squeeze(-1)
-    return mx.where(mask > 0, picked - mx.logsumexp(logits, axis=-1), 0.0)
+    """Return log softmax(logits) at the targets: (2B, R), summed up in float32, and 0 where mask is 0."""
+    if mx.default_device() == mx.Device(mx.cpu):  # there cross_entropy sums in the logits' dtype
+        logits = logits.astype(mx.float32)
+    return mx.where(mask > 0, -mx.fast.cross_entropy(logits, targets), 0.0)
 
 
 def completion_logps(model, batch):
@@ -371,19 +429,7 @@ def pair_metrics(logps, batch, args):
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def load_policy(args, weights_file=None):
-    """Return the model, with an adapter if its file is given; then args say what it adapts, and how strongly."""
-    with blame(weights_file or args.model, f"nothing to load for {args.model}"):
-        folder = weights_file and Path(weights_file).parent
-        model = mlx_lm.load(args.model, adapter_path=folder and str(folder))[0]
-        if weights_file:
-            need(Path(weights_file).name == "adapters.safetensors", "give a folder's adapters.safetensors")
-            config = json.loads((folder / "adapter_config.json").read_text())
-            vars(args).update({name: config[name] for name in ("fine_tune_type", "num_layers", "lora_parameters")})
-    return model
-
-
-def trainable_parameters(model, args, has_adapter):
+def trainable_parameters(model, args):
     """Freeze the model, add LoRA or DoRA layers (or find them) or unfreeze whole ones; return their float32 parameters.
 
     Returns, too, a like tree of the dtypes to compute in: LoRA's is the model's own, since float32 adapters make every
@@ -391,16 +437,20 @@ def trainable_parameters(model, args, has_adapter):
     """
     floats = [w for _, w in tree_flatten(model.parameters()) if mx.issubdtype(w.dtype, mx.floating)]
     common = max({w.dtype for w in floats}, key=lambda dtype: sum(w.size for w in floats if w.dtype == dtype))
+    need(args.num_layers <= len(model.layers), f"--num-layers {args.num_layers}: there are {len(model.layers)}")
     mx.random.seed(args.seed)
     model.freeze()
     if args.fine_tune_type == "full":
         for layer in model.layers[-max(args.num_layers, 0) :]:
             layer.unfreeze()
-    elif has_adapter:
+    elif args.adapter:
         model.unfreeze(keys=["lora_a", "lora_b", "m"], strict=False)
     else:
         linear_to_lora_layers(model, args.num_layers, args.lora_parameters, args.fine_tune_type == "dora")
     own = model.trainable_parameters()
+    weights = [w for _, w in tree_flatten(own)]
+    need(weights, f"no layer has the --keys {args.keys}")
+    need(all(mx.issubdtype(w.dtype, mx.floating) for w in weights), "a quantized model cannot be trained in full")
     dtypes = tree_map(lambda w: {"lora": common, "dora": mx.float32}.get(args.fine_tune_type, w.dtype), own)
     return tree_map(lambda w: w.astype(mx.float32), own), dtypes
 
@@ -479,8 +529,11 @@ def make_optimizer(args, updates):
         falls = {"cosine": (1 + mx.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
         return args.learning_rate * mx.minimum((step + 1) / max(warmup, 1), falls[args.lr_schedule])
 
-    # without the correction, mlx's default, Adam's first steps are three times too long
-    return OPTIMIZERS[args.optimizer](rate, **({"bias_correction": True} if args.optimizer.startswith("adam") else {}))
+    if isinstance(args.lr_schedule, dict):
+        rate = build_schedule(args.lr_schedule)
+    # mlx's defaults: Adam's first steps are three times too long, and Adafactor goes by a rate of its own
+    own = {"adamw": {"bias_correction": True}, "adam": {"bias_correction": True}, "adafactor": {"relative_step": False}}
+    return OPTIMIZERS[args.optimizer](learning_rate=rate, **own.get(args.optimizer, {}))
 
 
 def train(model, params, dtypes, plan, args):
@@ -510,9 +563,10 @@ def train(model, params, dtypes, plan, args):
             new, gradients, metrics, norm = step(params, gradients, make_batch(batch), count)
             mx.eval(new, gradients, metrics, norm, optimizer.state)
             found.append(metrics)
-        if not math.isfinite(norm.item()):
+        metrics = {name: np.concatenate([np.array(f[name]) for f in found]) for name in metrics}
+        if not (math.isfinite(norm.item()) and np.isfinite(metrics["loss"]).all()):
             return  # without this update: what was yielded last stays good
-        params, metrics = new, {name: np.concatenate([np.array(f[name]) for f in found]) for name in metrics}
+        params = new
         tokens = sum(2 * len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
         rates = {"grad_norm": norm.item(), "learning_rate": optimizer.learning_rate.item()}
         rates |= {"tokens_per_second": tokens / (time.perf_counter() - start)}
@@ -523,9 +577,10 @@ def train(model, params, dtypes, plan, args):
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def save_weights(path, weights):
-    """Write a safetensors file under another name, flush it to disk and rename it: it appears whole or not at all."""
+def save_weights(path, params, dtypes):
+    """Write parameters, in their compute dtypes, under another name, flush and rename: a file is whole or not there."""
     unfinished = path.with_name(f"unfinished-{path.name}")
+    weights = tree_map(lambda w, dtype: w.astype(dtype), params, dtypes)
     mx.save_safetensors(str(unfinished), dict(tree_flatten(weights)))
     with open(unfinished, "rb+") as file:
         os.fsync(file.fileno())
@@ -548,24 +603,27 @@ def report(step, split, metrics, args, callback=None):
 def main():
     args = parse_args(sys.argv[1:])
     folder, splits = Path(args.adapter_path), load_splits(args)
+    questions = [pair["prompt"][0]["content"] for pair in sum(splits.values(), []) if len(pair["prompt"]) == 1]
     with blame(folder, "choose another --adapter-path"):  # now, not after an hour
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder.parent).close()
-    with blame(args.model, "no model can be loaded from there"):
+        if args.train:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder.parent).close()
+    with blame(args.model, "give a folder or a Hugging Face name"):
         tokenizer = load_tokenizer(args.model)
     splits = {name: encode_pairs(tokenizer, pairs, args.max_seq_length) for name, pairs in splits.items() if pairs}
     every_pair, reference = sum(splits.values(), []), args.reference_model or (not args.train and args.model)
     if reference:  # scored and gone before the policy comes
-        with blame(reference, "it cannot be the reference"):
+        with blame(reference, "give a folder or a Hugging Face name"):
             model, other = mlx_lm.load(reference)
-            need(other.get_vocab() == tokenizer.get_vocab(), "it has another tokenizer")
+            need(other.get_vocab() == tokenizer.get_vocab(), "the reference has another tokenizer")
         add_reference(model, every_pair, args.batch_size)
         del model
-    weights_file = args.resume_adapter_file or (None if args.train else folder / "adapters.safetensors")
-    model = load_policy(args, weights_file)
+    with blame(args.adapter or args.model, f"it cannot be loaded for {args.model}: see --model and --adapter-path"):
+        model = mlx_lm.load(args.model, adapter_path=args.adapter)[0]
     if not reference:
         add_reference(model, every_pair, args.batch_size)
-    params, dtypes = trainable_parameters(model, args, has_adapter=bool(weights_file))
+    with blame(f"--fine-tune-type {args.fine_tune_type}", f"choose what {args.model} can be trained with"):
+        params, dtypes = trainable_parameters(model, args)
     start_params = None if reference or args.fine_tune_type == "full" else params
     if start_params is None:
         print("kl is left out: the reference is no setting of the parameters that are trained")
@@ -604,21 +662,29 @@ def main():
             report(step, "train", mean_metrics(found), args, callback)
             found = []
         if step % args.save_every == 0 or last:
-            save_weights(folder / "adapters.safetensors", tree_map(lambda w, dtype: w.astype(dtype), params, dtypes))
+            save_weights(folder / "adapters.safetensors", params, dtypes)
         if step % args.steps_per_eval == 0 or step == len(plan):
             measured["valid"] = measure(step, "valid", args.val_batches, callback)
         if interrupts:
             break
     if step < len(plan):
         why = "interrupted" if interrupts else f"the loss of step {step + 1} is not finite: lower --learning-rate"
-        sys.exit(f"{why}; {folder} holds step {step} of {len(plan)}")
+        if not step:
+            sys.exit(f"{folder}: {why}; nothing is trained yet")
+        save_weights(folder / "adapters.safetensors", params, dtypes)
+        file, other = f"{folder}/adapters.safetensors", reference or args.model
+        words = shlex.join(["--resume-adapter-file", file, "--reference-model", other])
+        sys.exit(f"{folder}: {why}; it holds step {step} of {len(plan)}. To go on from it: {words}")
     measured["test"] = measure(step, "test", args.test_batches, callback)
     for name, metrics in ((name, metrics) for name, metrics in measured.items() if metrics):
         before, after = metrics["ref_logps/accuracies"], metrics["rewards/accuracies"]
         print(f"{name}: accuracy on {len(splits[name])} held-out pairs {before:.2f} -> {after:.2f}")
-    prompt = next(pair["prompt"][-1]["content"] for pair in load_splits(args)["train"])
-    print(f"Next: mlx_lm.generate --model {args.model} --adapter-path {folder} --prompt {shlex.quote(prompt)}")
+    words = ["--model", args.model, "--adapter-path", str(folder), "--prompt", *(questions[:1] or ["Hello"])]
+    print(f"Next: mlx_lm.generate {shlex.join(words)}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

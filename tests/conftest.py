@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures, tokenizers trained on the spot, and a runner for the scripts: no downloads."""
+"""Tiny random models of real architectures, tokenizers trained on the spot, a runner for the scripts; no downloads."""
 
 import importlib
 import json
@@ -44,7 +44,8 @@ def save_tokenizer(folder, template=CHATML, bos=None):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    core.train_from_iterator(TEXT, trainer)
     if bos:
         core.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, SPECIAL.index(bos))])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token=bos, eos_token="<|im_end|>")
@@ -54,7 +55,7 @@ def save_tokenizer(folder, template=CHATML, bos=None):
 
 
 def save_model(folder, family="llama", seed=0, dtype=mx.float32, bits=None, template=CHATML, bos=None, **extra):
-    """Write a tiny random model of a family, with its tokenizer, in the layout that mlx_lm.load reads; return its path."""
+    """Write a tiny random model of a family, with its tokenizer, as mlx_lm.load reads it; return its path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(folder, template, bos)
@@ -62,24 +63,24 @@ def save_model(folder, family="llama", seed=0, dtype=mx.float32, bits=None, temp
     module = importlib.import_module(f"mlx_lm.models.{family}")
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
-    weights = [(k, w + 0.3 * mx.random.normal(w.shape) if w.ndim > 1 else w) for k, w in tree_flatten(model.parameters())]
-    model.load_weights(weights)
+    named = tree_flatten(model.parameters())
+    model.load_weights([(name, w + 0.3 * mx.random.normal(w.shape) if w.ndim > 1 else w) for name, w in named])
     model.set_dtype(dtype)
     if bits:
         nn.quantize(model, group_size=32, bits=bits)
         config["quantization"] = {"group_size": 32, "bits": bits}
     (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"})
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     return folder
 
 
-def make_rows(count, system=False):
+def make_rows(count):
     """Return count preference rows with differing lengths; every third is a dialogue."""
     rows = []
     for i in range(count):
-        question, good, bad = f"How far is number {i}?", f"It is {i} minutes" + " along the river" * (i % 3) + ".", "Who knows."
-        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}] if i % 3 == 0 else []
-        turns.append({"role": "user", "content": question})
+        good, bad = f"It is {i} minutes" + " along the river" * (i % 3) + ".", "Who knows."
+        earlier = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+        turns = (earlier if i % 3 == 0 else []) + [{"role": "user", "content": f"How far is number {i}?"}]
         rows.append({"messages": turns, "chosen": good, "rejected": bad + " I could not say." * (i % 4 == 1)})
     return rows
 
@@ -106,3 +107,17 @@ def tiny(tmp_path_factory):
 def pairs_file(tmp_path_factory):
     """Thirty preference rows in a file."""
     return write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", make_rows(30))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: pytest --slow runs it"))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: about two minutes")
