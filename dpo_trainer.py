@@ -8,7 +8,7 @@ Fine-tune a chat model on preference pairs with DPO (LoRA, DoRA or full), holdin
     loss = -log sigmoid(beta * ((pi_w - ref_w) - (pi_l - ref_l)))                arXiv 2305.18290, Eq. 7
     pi_w, pi_l: log-probability of the chosen and the rejected answer now; ref_w, ref_l: the same before training
 
-    python dpo_trainer.py --data data/pairs.jsonl                                the bundled model, about a minute
+    python dpo_trainer.py --data data/pairs.jsonl                                the bundled model, 80 seconds on a CPU
     python dpo_trainer.py --model mlx-community/Llama-3.2-1B-Instruct-4bit --data my_pairs.jsonl
     python dpo_trainer.py --model data/tiny-chat --test data/test.jsonl          measures what lies in adapters/
 
@@ -45,7 +45,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
-from mlx_lm.utils import load_tokenizer, save_config
+from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit, save_config
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -500,14 +500,17 @@ def evaluate(model, params, initial, dtypes, pairs, args, size=-1):
 
     if 0 < size * args.batch_size < len(pairs):
         pairs = random.Random(args.seed).sample(pairs, size * args.batch_size)
-    batches = tqdm(sorted_batches(pairs, args.batch_size), desc="measuring", leave=False)
-    found, kl = zip(*(measure(params, initial, make_batch(batch)) for batch in batches))
+    found, kl = [], 0.0
+    for batch in tqdm(sorted_batches(pairs, args.batch_size), desc="measuring", leave=False):
+        metrics, batch_kl = measure(params, initial, make_batch(batch))
+        mx.eval(metrics, batch_kl)  # or every batch's logits wait for the end
+        found, kl = found + [metrics], kl + batch_kl.item()
     means, refs = mean_metrics(found), np.array([pair["ref_logps"] for pair in pairs])
     chosen, rejected = (sum(len(pair[side]) for pair in pairs) for side in ("chosen", "rejected"))
     means["ref_logps/accuracies"] = float((refs[:, 0] > refs[:, 1]).mean())
     means["perplexity/chosen"] = math.exp(-means["logps/chosen"] * len(pairs) / chosen)
     means["perplexity/ref_chosen"] = math.exp(-refs[:, 0].sum() / chosen)
-    return means | ({"kl": float(sum(kl)) / (chosen + rejected)} if initial else {})
+    return means | ({"kl": kl / (chosen + rejected)} if initial else {})
 
 
 def plan_updates(pairs, args):
@@ -577,6 +580,17 @@ def train(model, params, dtypes, plan, args):
 # ------------------------------------------------------------------------------------------------------------- main
 
 
+def start_folder(folder, args):
+    """Make the output folder, with the options and this script in it; an earlier run there becomes folder-1, -2 ..."""
+    with blame(folder, "choose another --adapter-path"):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
+            print(f"The earlier run in {folder} is now in {folder.rename(older)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(dict(vars(args)), folder / "adapter_config.json")
+        shutil.copy(__file__, folder)
+
+
 def save_weights(path, params, dtypes):
     """Write parameters, in their compute dtypes, under another name, flush and rename: a file is whole or not there."""
     unfinished = path.with_name(f"unfinished-{path.name}")
@@ -643,13 +657,8 @@ def main():
         if not gaps.max().item() <= (1e-5 if exact else 5e-3):
             sys.exit(f"self-check: untrained, the policy is {gaps.max().item():.1e} nats a token off the reference")
 
-    with blame(folder, "choose another --adapter-path"):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):  # no run mixes with an earlier one
-            older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
-            print(f"The earlier run in {folder} is now in {folder.rename(older)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(dict(vars(args)), folder / "adapter_config.json")
-        shutil.copy(__file__, folder)
+    maybe_set_recommended_wired_limit()  # a Mac then keeps the model's memory in place
+    start_folder(folder, args)
     callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
     if args.grad_checkpoint:
         grad_checkpoint(model.layers[0])
