@@ -52,11 +52,10 @@ from tqdm import tqdm
 
 ADAPTER = {"fine_tune_type": "lora", "num_layers": -1, "rank": 8, "scale": 20.0, "dropout": 0.0, "keys": None}
 OPTIMIZERS = {name.lower(): getattr(optim, name) for name in ("AdamW", "Adam", "SGD", "Adafactor", "Muon")}
-YAML_BLOCKS = {  # nested blocks of a config, and their keys that have another name here
-    "lora_parameters": {},
-    "hf_dataset": {"path": "data", "name": "data"},
-    "lr_schedule": {"name": "lr_schedule", "warmup_steps": "warmup"},
-}
+# nested blocks of a config, and their keys that have another name here
+YAML_BLOCKS = {"lora_parameters": {}, "hf_dataset": {"path": "data", "name": "data"}}
+YAML_BLOCKS["lr_schedule"] = {"name": "lr_schedule", "warmup_steps": "warmup"}
+BAR = {"leave": False, "disable": None}  # for tqdm: no bars in a log file
 
 
 def need(condition, problem):
@@ -88,7 +87,8 @@ def schedule(text):
     """Return a schedule's name, or mlx_lm.lora's block, whose arguments stand for --learning-rate and --warmup."""
     block = yaml.safe_load(text)
     if isinstance(block, dict):
-        block["arguments"] = [float(x) for x in block["arguments"]]
+        block["arguments"] = [float(x) for x in block["arguments"]]  # YAML takes 1e-7 for a text
+        block |= {"warmup": int(block.get("warmup", 0)), "warmup_init": float(block.get("warmup_init", 0))}
         build_schedule(block)
     need(isinstance(block, dict) or block in ("cosine", "linear", "constant"), "no such schedule")
     return block
@@ -104,7 +104,7 @@ def parse_args(words):
     add("-c", "--config", help="YAML file of these options, mlx_lm.lora's blocks too; the command line wins")
     add("--model", help="folder or Hugging Face name; a quantized one trains as QLoRA (default: data/demo.yaml's)")
     add("--data", help="pairs: a .jsonl file, a folder (train, valid, test .jsonl), a hub dataset (NAME, NAME:SPLIT)")
-    add("--train", action=switch, help="train (default, unless --test is given alone)")
+    add("--train", action=switch, help="train (default, but with --test and no pairs to train on)")
     add("--test", nargs="?", const="", help="measure at the end, on this file, folder or hub dataset, or on --data's")
     add("--prompt-feature", default="prompt", help="column of the prompt (default: prompt)")
     add("--chosen-feature", default="chosen", help="column of the better answer (default: chosen)")
@@ -146,22 +146,23 @@ def parse_args(words):
     add("--report-to", help="wandb, swanlab or wandb,swanlab")
     add("--project-name", help="for --report-to")
     with blame("dpo_trainer.py", "--help lists all options"):
-        args = parser.parse_args(words)
+        typed = args = parser.parse_args(words)
         if not (args.config or args.model):
-            print("No --model given: training the bundled one as data/demo.yaml says. Yours: --model FOLDER_OR_NAME")
+            print("No --model given: taking the bundled one and data/demo.yaml. Yours: --model FOLDER_OR_NAME")
             args.config = "data/demo.yaml"
             need(Path(args.config).exists(), "name a model with --model (data/demo.yaml is not here)")
         if args.config:
             args = parser.parse_args(config_words(parser, args.config) + words)
         need(args.train is not False or args.test is not None, "neither training nor a test is asked for")
-        args.train = args.train or args.test is None
+        if args.train is None:  # --test with pairs of its own does not ask for --data's: these are to train on
+            args.train = args.test is None or bool(args.test and args.data)
         need(args.model, "name a model with --model")
         need(args.data or (args.test and not args.train), "name the pairs with --data")
-        named = args.test != "" or not args.train or not (Path(args.data).is_file() or ":" in args.data)
-        need(named, "what --data names is trained on: name the held-out pairs with --test NAME")
+        single = args.data and not Path(args.data).is_dir() and (Path(args.data).is_file() or ":" in args.data)
+        need(args.test != "" or not (args.train and single), "name other pairs to measure on: --test NAME")
         need(args.loss in ("sigmoid", "dpop") or not args.label_smoothing, f"{args.loss} has no --label-smoothing")
         need(args.loss == "dpop" or args.delta is None, f"{args.loss} has no --delta")
-        lora = [name for name in ("rank", "scale", "dropout", "keys") if getattr(args, name) is not None]
+        lora = [name for name in ("rank", "scale", "dropout", "keys") if getattr(typed, name) is not None]
         need(args.fine_tune_type != "full" or not lora, f"full fine-tuning has no --{lora and lora[0]}")
         for package in args.report_to.split(",") if args.report_to else []:
             need(package in ("wandb", "swanlab"), f"--report-to takes wandb, swanlab or both, not {package}")
@@ -178,6 +179,8 @@ def settle_adapter(args):
             need(Path(file).name == "adapters.safetensors" and Path(file).exists(), "there is no such adapter")
             config = json.loads((Path(args.adapter) / "adapter_config.json").read_text())
             says |= {**config, **(config["lora_parameters"] or {})}
+            names = ("loss", "beta", "label_smoothing", "delta", "length_normalize") if not args.train else ()
+            vars(args).update({name: config[name] for name in names if name in config})  # measured as it was trained
         for name in ADAPTER:
             told = getattr(args, name)
             need(not file or told in (None, says[name]), f"this adapter has {name} {says[name]}, not {told}")
@@ -336,7 +339,7 @@ def encode_pairs(tokenizer, pairs, limit):
     A pair of more than limit tokens loses its oldest turns (a system message stays), never a part of an answer.
     """
     kept, shortened, long, moved = [], 0, 0, 0
-    for pair in tqdm(pairs, desc="tokenizing", leave=False, disable=len(pairs) < 2000):
+    for pair in tqdm(pairs, desc="tokenizing", **BAR):
         first = int(pair["prompt"][0]["role"] in ("system", "developer"))
         later = [i for i, message in enumerate(pair["prompt"]) if message["role"] == "user" and i > first]
         for start in [first, *later]:
@@ -470,7 +473,7 @@ def sorted_batches(pairs, size):
 def add_reference(model, pairs, batch_size):
     """Give each pair "ref_logps", the log-probabilities of its chosen and rejected answer under the model as it is."""
     score = mx.compile(partial(completion_logps, model))
-    for batch in tqdm(sorted_batches(pairs, batch_size), desc="reference", leave=False):
+    for batch in tqdm(sorted_batches(pairs, batch_size), desc="reference", **BAR):
         for pair, ref_logps in zip(batch, np.array(score(make_batch(batch))).reshape(2, -1).T):
             pair["ref_logps"] = ref_logps
 
@@ -501,12 +504,13 @@ def evaluate(model, params, initial, dtypes, pairs, args, size=-1):
     if 0 < size * args.batch_size < len(pairs):
         pairs = random.Random(args.seed).sample(pairs, size * args.batch_size)
     found, kl = [], 0.0
-    for batch in tqdm(sorted_batches(pairs, args.batch_size), desc="measuring", leave=False):
+    for batch in tqdm(sorted_batches(pairs, args.batch_size), desc="measuring", **BAR):
         metrics, batch_kl = measure(params, initial, make_batch(batch))
         mx.eval(metrics, batch_kl)  # or every batch's logits wait for the end
         found, kl = found + [metrics], kl + batch_kl.item()
     means, refs = mean_metrics(found), np.array([pair["ref_logps"] for pair in pairs])
     chosen, rejected = (sum(len(pair[side]) for pair in pairs) for side in ("chosen", "rejected"))
+    means["pairs"] = len(pairs)
     means["ref_logps/accuracies"] = float((refs[:, 0] > refs[:, 1]).mean())
     means["perplexity/chosen"] = math.exp(-means["logps/chosen"] * len(pairs) / chosen)
     means["perplexity/ref_chosen"] = math.exp(-refs[:, 0].sum() / chosen)
@@ -583,6 +587,8 @@ def train(model, params, dtypes, plan, args):
 def start_folder(folder, args):
     """Make the output folder, with the options and this script in it; an earlier run there becomes folder-1, -2 ..."""
     with blame(folder, "choose another --adapter-path"):
+        read = [Path(str(name)).resolve() for name in (args.model, args.data, args.test, __file__)]
+        need(not any(folder.resolve() in (path, *path.parents) for path in read), "it holds what this run reads")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
             print(f"The earlier run in {folder} is now in {folder.rename(older)}")
@@ -640,16 +646,20 @@ def main():
         params, dtypes = trainable_parameters(model, args)
     start_params = None if reference or args.fine_tune_type == "full" else params
     if start_params is None:
-        print("kl is left out: the reference is no setting of the parameters that are trained")
+        print("kl is left out: it is there for LoRA and DoRA in training, with the model itself as the reference")
 
     def measure(step, name, size, callback=None):
         if name in splits:
             metrics = evaluate(model, params, start_params, dtypes, splits[name], args, size)
             report(step, name, metrics, args, callback)
-            return metrics
+            likelier = f"{metrics['ref_logps/accuracies']:.2f} -> {metrics['logps/accuracies']:.2f}"
+            gained = f"it gained on the rejected one in {metrics['rewards/accuracies']:.2f} (rewards/accuracies)"
+            summary[name] = f"{name}: {metrics['pairs']} held-out pairs: chosen answer likelier in {likelier}, {gained}"
 
+    summary = {}
     if not args.train:
-        return measure(0, "test", args.test_batches)
+        measure(0, "test", args.test_batches)
+        return print(summary["test"])
     if not reference:  # nothing is trained yet, so every margin is 0 and the loss log 2, but for rounding
         batch = make_batch(splits["train"][: args.batch_size])
         gaps = abs(completion_logps(install(model, params, dtypes), batch) - batch["ref_logps"]) / batch["mask"].sum(-1)
@@ -662,18 +672,21 @@ def main():
     callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
     if args.grad_checkpoint:
         grad_checkpoint(model.layers[0])
-    plan, found, measured, interrupts, step = plan_updates(splits["train"], args), [], {}, [], 0
+    plan, found, interrupts, step = plan_updates(splits["train"], args), [], [], 0
+    counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
+    print(f"pairs: {counts}; {len(plan)} updates")
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
     measure(0, "valid", args.val_batches, callback)
-    for step, params, metrics in train(model, params, dtypes, tqdm(plan, desc="training"), args):
+    for step, params, metrics in train(model, params, dtypes, tqdm(plan, desc="training", **BAR), args):
         found, last = found + [metrics], step == len(plan) or bool(interrupts)
         if step % args.steps_per_report == 0 or last:
-            report(step, "train", mean_metrics(found), args, callback)
+            now = {name: metrics[name][0] for name in ("learning_rate", "peak_memory_gb")}  # not their means
+            report(step, "train", mean_metrics(found) | now, args, callback)
             found = []
         if step % args.save_every == 0 or last:
             save_weights(folder / "adapters.safetensors", params, dtypes)
         if step % args.steps_per_eval == 0 or step == len(plan):
-            measured["valid"] = measure(step, "valid", args.val_batches, callback)
+            measure(step, "valid", args.val_batches, callback)
         if interrupts:
             break
     if step < len(plan):
@@ -683,11 +696,9 @@ def main():
         save_weights(folder / "adapters.safetensors", params, dtypes)
         file, other = f"{folder}/adapters.safetensors", reference or args.model
         words = shlex.join(["--resume-adapter-file", file, "--reference-model", other])
-        sys.exit(f"{folder}: {why}; it holds step {step} of {len(plan)}. To go on from it: {words}")
-    measured["test"] = measure(step, "test", args.test_batches, callback)
-    for name, metrics in ((name, metrics) for name, metrics in measured.items() if metrics):
-        before, after = metrics["ref_logps/accuracies"], metrics["rewards/accuracies"]
-        print(f"{name}: accuracy on {len(splits[name])} held-out pairs {before:.2f} -> {after:.2f}")
+        sys.exit(f"{folder}: {why}; it holds step {step} of {len(plan)}. To train on from there, add: {words}")
+    measure(step, "test", args.test_batches, callback)
+    print(*summary.values(), sep="\n")
     words = ["--model", args.model, "--adapter-path", str(folder), "--prompt", *(questions[:1] or ["Hello"])]
     print(f"Next: mlx_lm.generate {shlex.join(words)}")
 

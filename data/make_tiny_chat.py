@@ -8,7 +8,7 @@ say which one people want. Each place and fact keeps one wording of its question
     python data/make_tiny_chat.py                   # tokenizer, model, pairs.jsonl, test.jsonl
     python data/make_tiny_chat.py --only-data       # pairs.jsonl and test.jsonl alone, in 4 s
 
-On 2 CPU cores: 9 to 11 minutes and 2.8 GB with LD_PRELOAD=libopenblas.so.0 (Debian: libopenblas0-pthread) in front of the
+On 2 CPU cores: 9 to 11 minutes and 2.8 GB with LD_PRELOAD=libopenblas.so.0 (Debian: libopenblas0-pthread) before the
 command; mlx's CPU wheel alone brings a BLAS about ten times slower.
 Files written, beside this one: tiny-chat/ (Hugging Face layout), pairs.jsonl, test.jsonl.
 Other places and facts: edit ROWS. Other wordings: the tables after it. Another balance of manners: make_corpus().

@@ -165,3 +165,15 @@ def test_stderr_and_exit_status(made):
         assert done.returncode == 1 and "Traceback" not in done.stderr, words
         assert re.match(pattern, re.split(r"[\r\n]+", done.stderr.strip())[-1]), done.stderr
     assert everything(made) == before
+
+
+def test_a_folder_that_the_run_reads_is_not_moved_aside(tiny, tmp_path):
+    """--adapter-path MODEL or the data's folder was renamed to -1: the run read from a place that was gone."""
+    model, data = tmp_path / "model", tmp_path / "mine" / "pairs.jsonl"
+    shutil.copytree(tiny, model)
+    data.parent.mkdir()
+    write_rows(data, make_rows(6))
+    for folder in (model, data.parent, tmp_path):
+        done = run_script("--model", model, "--data", data, "--adapter-path", folder)
+        assert done.returncode == 1 and f"{folder}: it holds what this run reads: choose another" in done.stderr
+    assert model.exists() and data.exists() and not (tmp_path / "mine-1").exists()

@@ -166,7 +166,7 @@ SHOWN = {
     "--config": ([], ["--config", "beta.yaml"], loss),
     "--model": ([], ["--model", "other"], ran("first", "valid")),
     "--data": ([], ["--data", "more.jsonl"], splits),
-    "--train": (["--test", "more.jsonl", "--adapter-path", "adapter"], ["--train"], splits),
+    "--train": (["--test", "--adapter-path", "adapter"], ["--train"], splits),
     "--test": (["--train"], ["--test", "more.jsonl"], splits),
     "--prompt-feature": ([], ["--prompt-feature", "my_prompt"], row),
     "--chosen-feature": ([], ["--chosen-feature", "my_chosen"], row),
@@ -517,3 +517,32 @@ def test_the_script_block_names_the_requirements():
     wanted = ast.literal_eval(re.search(r"^dependencies = (\[.*?\])$", block, re.DOTALL | re.MULTILINE).group(1))
     assert sorted(wanted) == sorted((ROOT / "requirements.txt").read_text().split())
     assert re.search(r'requires-python = ">=3\.\d+"', block)
+
+
+def test_test_pairs_of_their_own_leave_the_data_to_train_on(here):
+    """--data X --test Y measured an old adapter on Y, or said that there was none, and passed over X."""
+    assert parse_args([*BASE, "--test", "more.jsonl"]).train
+    alone = parse_args(["--model", "tiny", "--test", "more.jsonl", "--adapter-path", "adapter"])
+    assert not alone.train and alone.adapter == "adapter"
+
+
+def test_full_on_the_command_line_wins_over_a_files_rank(here):
+    """It was refused for a --rank that nobody had typed."""
+    assert with_config({"lora_parameters": {"rank": 4}}, "--fine-tune-type", "full")["lora_parameters"] is None
+    with pytest.raises(SystemExit, match="full fine-tuning has no --rank"):
+        parse_args([*BASE, "--fine-tune-type", "full", "--rank", "4"])
+
+
+def test_mlx_lms_example_schedule_is_read_whole(here):
+    """YAML reads 1e-7 as a text: warmup_init was left one, and the run ended in a traceback."""
+    block = {"name": "cosine_decay", "warmup": 2, "warmup_init": "1e-7", "arguments": ["1e-5", 10, "1e-7"]}
+    found = with_config({"lr_schedule": block})["lr_schedule"]
+    assert found == {"name": "cosine_decay", "warmup": 2, "warmup_init": 1e-7, "arguments": [1e-5, 10.0, 1e-7]}
+
+
+def test_a_test_alone_measures_by_the_adapters_own_objective(here):
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps(config | {"loss": "ipo", "beta": 0.4}))
+    args = parse_args(["--model", "tiny", "--test", "more.jsonl", "--adapter-path", "adapter"])
+    assert (args.loss, args.beta) == ("ipo", 0.4)
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))

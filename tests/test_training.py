@@ -258,6 +258,7 @@ def measure_by_hand(policy, base, pairs, args):
         "perplexity/chosen": math.exp(-chosen.sum() / chosen_tokens),
         "perplexity/ref_chosen": math.exp(-ref_chosen.sum() / chosen_tokens),
         "kl": kl / tokens,
+        "pairs": len(pairs),
     }
 
 
