@@ -545,6 +545,7 @@ def make_optimizer(args, updates):
 
 def train(model, params, dtypes, plan, args):
     """Yield (step, params, metrics) after each update of the plan; metrics are arrays (B,) of its pairs, or (1,)."""
+    maybe_set_recommended_wired_limit()  # a Mac then keeps the model's memory in place
     optimizer = make_optimizer(args, len(plan))
     optimizer.init(params)
     state = [optimizer.state, mx.random.state]
@@ -584,11 +585,18 @@ def train(model, params, dtypes, plan, args):
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def start_folder(folder, args):
-    """Make the output folder, with the options and this script in it; an earlier run there becomes folder-1, -2 ..."""
+def check_folder(folder, args):
+    """Exit if the output folder cannot be written, or holds what the run reads, which would be moved aside with it."""
     with blame(folder, "choose another --adapter-path"):
         read = [Path(str(name)).resolve() for name in (args.model, args.data, args.test, __file__)]
         need(not any(folder.resolve() in (path, *path.parents) for path in read), "it holds what this run reads")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder.parent).close()
+
+
+def start_folder(folder, args):
+    """Make the output folder, with the options and this script in it; an earlier run there becomes folder-1, -2 ..."""
+    with blame(folder, "choose another --adapter-path"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
             print(f"The earlier run in {folder} is now in {folder.rename(older)}")
@@ -624,10 +632,8 @@ def main():
     args = parse_args(sys.argv[1:])
     folder, splits = Path(args.adapter_path), load_splits(args)
     questions = [pair["prompt"][0]["content"] for pair in sum(splits.values(), []) if len(pair["prompt"]) == 1]
-    with blame(folder, "choose another --adapter-path"):  # now, not after an hour
-        if args.train:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder.parent).close()
+    if args.train:
+        check_folder(folder, args)  # now, not after an hour
     with blame(args.model, "give a folder or a Hugging Face name"):
         tokenizer = load_tokenizer(args.model)
     splits = {name: encode_pairs(tokenizer, pairs, args.max_seq_length) for name, pairs in splits.items() if pairs}
@@ -667,7 +673,6 @@ def main():
         if not gaps.max().item() <= (1e-5 if exact else 5e-3):
             sys.exit(f"self-check: untrained, the policy is {gaps.max().item():.1e} nats a token off the reference")
 
-    maybe_set_recommended_wired_limit()  # a Mac then keeps the model's memory in place
     start_folder(folder, args)
     callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
     if args.grad_checkpoint:
