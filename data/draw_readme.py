@@ -39,7 +39,7 @@ def main():
     left.plot([r["step"] for r in train], [r["rewards/accuracies"] for r in train], color=BLUE, linewidth=2)
     left.axhline(0.5, color=GREY, linewidth=1, linestyle="--")
     left.text(train[-1]["step"], 0.51, "a coin", color=GREY, ha="right", va="bottom")
-    left.set(xlabel="update (4 pairs each)", ylim=(0.3, 1.02), title="Pairs ranked right while training")
+    left.set(xlabel="update (4 pairs each)", ylim=(0.3, 1.02), title="Better answer gained on the worse one")
     left.set_ylabel("share of the batch's pairs")
     bars = right.barh(["before", "after"], [before, after], color=[GREY, BLUE])
     right.bar_label(bars, padding=4)
