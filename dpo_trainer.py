@@ -507,7 +507,8 @@ def evaluate(model, params, initial, dtypes, pairs, args, size=-1):
     for batch in tqdm(sorted_batches(pairs, args.batch_size), desc="measuring", **BAR):
         metrics, batch_kl = measure(params, initial, make_batch(batch))
         mx.eval(metrics, batch_kl)  # or every batch's logits wait for the end
-        found, kl = found + [metrics], kl + batch_kl.item()
+        found.append(metrics)
+        kl += batch_kl.item()
     means, refs = mean_metrics(found), np.array([pair["ref_logps"] for pair in pairs])
     chosen, rejected = (sum(len(pair[side]) for pair in pairs) for side in ("chosen", "rejected"))
     means["pairs"] = len(pairs)
