@@ -19,6 +19,7 @@ Letters: B pairs, 2B rows (the chosen answers, then the rejected), R response to
 """
 
 import argparse
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -41,9 +42,9 @@ import mlx.optimizers as optim
 import mlx_lm
 import numpy as np
 import yaml
+from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
-from mlx_lm.tuner.trainer import grad_checkpoint
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit, save_config
 from tqdm import tqdm
@@ -117,6 +118,7 @@ def parse_args(words):
     add("--delta", type=real(0), help="dpop: penalty a nat lost on the chosen answer (default: 5)")
     add("--length-normalize", action=switch, help="log-probabilities a token (ipo: always)")
     add("--reference-model", help="folder or name (default: the model itself as it is before training)")
+    add("--reference-cache", action=switch, default=True, help="keep its scores in ~/.cache for the next run (default)")
     # what is trained
     add("--fine-tune-type", choices=["lora", "dora", "full"], help="(default: lora)")
     add("--num-layers", type=number(int, -1), help="last N layers; -1: all (default)")
@@ -360,31 +362,98 @@ def encode_pairs(tokenizer, pairs, limit):
     return kept or sys.exit(f"{pairs[0]['place']}: this and every other pair is {why}")
 
 
-# ------------------------------------------------------------------------------------------------------------- loss
+# ---------------------------------------------------------------------------------------------------------- logprobs
 
 # Rows are padded to a multiple of this: few shapes, so few compilations; CUDA's fused attention wants 128.
 PAD = 8 if mx.default_device() == mx.Device(mx.cpu) else 128 if mx.cuda.is_available() else 32
 
 
-def make_batch(pairs, multiple=PAD):
-    """Return B pairs as right-padded arrays: rows (2B, R + 1), mask (2B, R), ref_logps (2B,), weights (B,).
+class PrefixCache:
+    """One layer's keys and values of B prompts: it stores them, then puts them before those of the 2B answers.
 
-    rows hold the prompt, too, so that R counts it; mask is 1 where the target, rows[:, 1:], is a response token.
+    mlx-lm's models take it for a cache of generated tokens. lengths: (2B,) tokens of each prompt; None while it stores.
     """
-    count, rows = len(pairs), [pair["prompt"] + pair[side] for side in ("chosen", "rejected") for pair in pairs]
-    width = multiple * math.ceil((max(map(len, rows)) - 1) / multiple)
-    ids, mask = np.zeros((2 * count, width + 1), np.int32), np.zeros((2 * count, width), np.float32)
+
+    def __init__(self, keys=None, values=None, lengths=None):
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self.offset = 0 if lengths is None else lengths  # position of the first new token; a rope takes an array
+
+    def update_and_fetch(self, keys, values):
+        if self.lengths is None:
+            self.keys, self.values = keys, values
+            return keys, values
+        return self.join(self.keys, keys), self.join(self.values, values)
+
+    def join(self, old, new):  # (B, heads, P, D), (2B, heads, R, D) -> (2B, heads, P + R, D), copied once
+        old = mx.broadcast_to(old, (2, *old.shape))
+        return mx.concatenate([old, new.reshape(2, -1, *new.shape[1:])], axis=3).flatten(0, 1)
+
+    def make_mask(self, N, return_array=False, window_size=None):
+        """Return which columns each of N new tokens sees: those not after it, within the window, and no padding."""
+        if self.lengths is None and not (return_array or window_size):
+            return "causal"
+        rows = columns = mx.arange(N)[None] + (0 if self.lengths is None else self.lengths[:, None])  # true positions
+        if self.lengths is not None:
+            prompt = mx.arange(self.keys.shape[2])
+            prompt = mx.where(prompt < self.lengths[:, None], prompt, 2**30)  # padding lies after everything
+            columns = mx.concatenate([prompt, columns], axis=1)
+        behind = rows[:, None, :, None] - columns[:, None, None, :]
+        return (behind >= 0) & (behind < (window_size or 2**30))
+
+
+class Checkpointed:
+    """Mixed into a model's layers, keeps their inputs only, a PrefixCache's among them, and computes the rest twice."""
+
+    def __call__(self, *args, **kwargs):
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, PrefixCache)), PrefixCache())
+
+        def layer(params, held, *args, **kwargs):
+            self.update(params)
+            cache.keys, cache.values = held
+            out = super(Checkpointed, self).__call__(*args, **kwargs)
+            return out, [x for x in (cache.keys, cache.values) if x is not None]
+
+        held = (cache.keys, cache.values)
+        out, held = mx.checkpoint(layer)(self.trainable_parameters(), held, *args, **kwargs)
+        cache.keys, cache.values = held or (None, None)
+        return out
+
+
+def make_batch(pairs, share=0.9, multiple=PAD):
+    """Return B pairs as right-padded arrays: prompts (B, P), prompt_lengths (B,), rows (2B, R + 1), mask (2B, R) ...
+
+    Prompts are computed once for both answers where that leaves at most this share of the padded tokens: prompts then
+    hold all of each but its last token, which begins the rows. Else P is 0, and rows hold the whole prompt. mask is 1
+    where the target, rows[:, 1:], is a response token. ref_logps (2B,) and weights (B,) are there for the loss.
+    """
+    count, up = len(pairs), lambda lengths: multiple * math.ceil(max(lengths) / multiple)
+    starts = [len(pair["prompt"]) - 1 for pair in pairs]
+    answers = [max(len(pair["chosen"]), len(pair["rejected"])) for pair in pairs]
+    if up(starts) + 2 * up(answers) > share * 2 * up(map(sum, zip(starts, answers))):
+        starts = [0] * count
+    rows = [pair["prompt"][k:] + pair[side] for side in ("chosen", "rejected") for pair, k in zip(pairs, starts)]
+    width = up(len(row) - 1 for row in rows)
+    prompts, ids = np.zeros((count, up(starts)), np.int32), np.zeros((2 * count, width + 1), np.int32)
+    mask = np.zeros((2 * count, width), np.float32)
+    for pair, start, prompt in zip(pairs, starts, prompts):
+        prompt[:start] = pair["prompt"][:start]
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
-        mask[i, len(pairs[i % count]["prompt"]) - 1 : len(row) - 1] = 1
+        mask[i, len(pairs[i % count]["prompt"]) - starts[i % count] - 1 : len(row) - 1] = 1
     refs = np.float32([pair.get("ref_logps", (0, 0)) for pair in pairs]).T.reshape(-1)
-    batch = {"rows": ids, "mask": mask, "ref_logps": refs, "weights": np.float32([pair["weight"] for pair in pairs])}
+    batch = {"prompts": prompts, "prompt_lengths": np.int32(starts), "rows": ids, "mask": mask, "ref_logps": refs}
+    batch["weights"] = np.float32([pair["weight"] for pair in pairs])
     return {name: mx.array(value) for name, value in batch.items()}
 
 
 def response_logits(model, batch):
     """Return the logits of a batch's targets: (2B, R, V) in the model's dtype."""
-    return model(batch["rows"][:, :-1])
+    cache = None
+    if batch["prompts"].size:
+        cache, lengths = [PrefixCache() for _ in model.layers], mx.concatenate([batch["prompt_lengths"]] * 2)
+        model(batch["prompts"], cache=cache)  # nothing reads its logits, so they are not computed
+        cache = [PrefixCache(layer.keys, layer.values, lengths) for layer in cache]
+    return model(batch["rows"][:, :-1], cache=cache)
 
 
 def token_logps(logits, targets, mask):
@@ -470,17 +539,97 @@ def sorted_batches(pairs, size):
     return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
 
-def add_reference(model, pairs, batch_size):
-    """Give each pair "ref_logps", the log-probabilities of its chosen and rejected answer under the model as it is."""
+def own_part(batch):
+    """Return this process's pairs of a batch, and their number; one of weight 0, and 0, where none is left for it."""
+    world = mx.distributed.init()
+    mine = batch[world.rank() :: world.size()]
+    return mine or [{**batch[0], "weight": 0.0}], len(mine)
+
+
+def sum_all(values):
+    """Return the sum of these numbers over all processes, as a numpy array."""
+    return np.array(mx.distributed.all_sum(mx.array(np.float32(values))))
+
+
+def differ(model, logps, others, batch):
+    """Return whether two scorings of a batch's rows differ by more than rounding, which grows as sqrt(tokens)."""
+    exact = all(w.dtype != mx.float16 and w.dtype != mx.bfloat16 for _, w in tree_flatten(model.parameters()))
+    gaps = mx.abs(logps - others) / mx.sqrt(batch["mask"].sum(-1))
+    return not gaps.max().item() <= (2e-3 if exact else 0.2)  # nats
+
+
+def settle_sharing(model, pairs):
+    """Return make_batch's share: 0.9, or 0 with a printed line where the model does not score shared prompts right."""
+    pairs = sorted(pairs, key=lambda pair: len(pair["prompt"]))
+    plain, shared = (make_batch([pairs[0], pairs[-1]], share) for share in (0, math.inf))  # padding, windows
+    with suppress(Exception):
+        if not differ(model, completion_logps(model, shared), completion_logps(model, plain), plain):
+            return 0.9
+    print("This model's layers cannot share a prompt between two answers: it is computed for each")
+    return 0
+
+
+def fingerprint(model):
+    """Return a hash of the model's configuration and of every bit of its weights."""
+    digest = hashlib.sha256(repr(getattr(model, "args", None)).encode())
+    for name, w in sorted(tree_flatten(model.parameters())):
+        digest.update(f"{name} {w.shape} {w.dtype} ".encode())
+        digest.update(memoryview(w.reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()[:32]
+
+
+def padding_share(batches, args):
+    """Return the share of padding in the tokens that these batches make the model compute."""
+    real = padded = 0
+    for pairs in batches:
+        batch = make_batch(pairs, args.share)
+        padded += batch["prompts"].size + batch["mask"].size
+        times = 1 if batch["prompts"].size else 2  # so often each prompt is computed
+        real += sum(times * (len(p["prompt"]) - 1) + len(p["chosen"]) + len(p["rejected"]) for p in pairs)
+    return 1 - real / padded
+
+
+def add_reference(model, pairs, args):
+    """Give each pair "ref_logps", the log-probabilities of its chosen and rejected answer under the model as it is.
+
+    They are appended as they are computed to a file in the user's cache folder, named after the model's fingerprint,
+    under a hash of the pair's token ids: a second run, a killed one and one with more data compute only what is new.
+    """
+    texts = [json.dumps([pair[part] for part in ("prompt", "chosen", "rejected")]) for pair in pairs]
+    keys, known, file, world = [hashlib.sha256(t.encode()).hexdigest()[:32] for t in texts], {}, None, mx.distributed.init()
+    if args.reference_cache and not world.rank():
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dpo-reference")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / f"{fingerprint(model)}.jsonl", "a+", errors="replace")
+            file.seek(0)
+        except OSError as error:
+            print(f"The reference is not kept for the next run: {error}")
+        for line in file or []:
+            with suppress(ValueError):  # a kill may have cut a line
+                known |= json.loads(line)
+    nothing = (math.nan, math.nan) if not world.rank() else (0, 0)
+    for pair, key, row in zip(pairs, keys, sum_all([known.get(key, nothing) for key in keys])):
+        pair["key"], pair["ref_logps"] = key, row
+    missing = [pair for pair in pairs if math.isnan(pair["ref_logps"].sum())]
     score = mx.compile(partial(completion_logps, model))
-    for batch in tqdm(sorted_batches(pairs, batch_size), desc="reference", **BAR):
-        for pair, ref_logps in zip(batch, np.array(score(make_batch(batch))).reshape(2, -1).T):
-            pair["ref_logps"] = ref_logps
+    for batch in tqdm(sorted_batches(missing, args.batch_size), desc="reference", **BAR):
+        mine, count = own_part(batch)
+        values = np.zeros((len(batch), 2))
+        values[world.rank() :: world.size()] = np.array(score(make_batch(mine, args.share))).reshape(2, -1).T[:count]
+        for pair, row in zip(batch, sum_all(values)):
+            pair["ref_logps"] = row
+            if file:
+                file.write(f"\n{json.dumps({pair['key']: row.tolist()})}")
+        if file:
+            file.flush()
 
 
 def mean_metrics(found):
-    """Return the mean over all pairs of each metric, from one dict of arrays a batch."""
-    return {name: float(np.concatenate([np.array(f[name]) for f in found]).mean()) for name in found[0]}
+    """Return the mean of each metric over all pairs of all processes, from (dict of arrays, number of pairs) a batch."""
+    sums = [sum(np.array(metrics[name][:count]).sum() for metrics, count in found) for name in found[0][0]]
+    *sums, count = sum_all([*sums, sum(count for _, count in found)])
+    return {name: float(value / count) for name, value in zip(found[0][0], sums)}
 
 
 def evaluate(model, params, initial, dtypes, pairs, args, size=-1):
@@ -494,28 +643,27 @@ def evaluate(model, params, initial, dtypes, pairs, args, size=-1):
     def measure(params, initial, batch):
         logits = response_logits(install(model, params, dtypes), batch)
         metrics = pair_metrics(token_logps(logits, batch["rows"][:, 1:], batch["mask"]).sum(-1), batch, args)
-        ref_logits = response_logits(install(model, initial, dtypes), batch) if initial else logits
-        kl = mx.array(0.0)
+        ref_logits, kl = response_logits(install(model, initial, dtypes), batch) if initial else logits, []
         for *both, mask in zip(logits, ref_logits, batch["mask"]):  # float32 copies of one row, not of all
             p, q = (x.astype(mx.float32) - mx.logsumexp(x.astype(mx.float32), axis=-1, keepdims=True) for x in both)
-            kl += ((mx.exp(p) * (p - q)).sum(-1) * mask).sum()
-        return metrics, kl
+            kl.append(((mx.exp(p) * (p - q)).sum(-1) * mask).sum())
+        return metrics | {"kl": mx.stack(kl).reshape(2, -1).sum(0)}
 
     if 0 < size * args.batch_size < len(pairs):
         pairs = random.Random(args.seed).sample(pairs, size * args.batch_size)
-    found, kl = [], 0.0
+    found = []
     for batch in tqdm(sorted_batches(pairs, args.batch_size), desc="measuring", **BAR):
-        metrics, batch_kl = measure(params, initial, make_batch(batch))
-        mx.eval(metrics, batch_kl)  # or every batch's logits wait for the end
-        found.append(metrics)
-        kl += batch_kl.item()
+        mine, count = own_part(batch)
+        found.append((measure(params, initial, make_batch(mine, args.share)), count))
+        mx.eval(found[-1])  # or every batch's logits wait for the end
     means, refs = mean_metrics(found), np.array([pair["ref_logps"] for pair in pairs])
     chosen, rejected = (sum(len(pair[side]) for pair in pairs) for side in ("chosen", "rejected"))
+    kl = means.pop("kl") * len(pairs) / (chosen + rejected)
     means["pairs"] = len(pairs)
     means["ref_logps/accuracies"] = float((refs[:, 0] > refs[:, 1]).mean())
     means["perplexity/chosen"] = math.exp(-means["logps/chosen"] * len(pairs) / chosen)
     means["perplexity/ref_chosen"] = math.exp(-refs[:, 0].sum() / chosen)
-    return means | ({"kl": kl / (chosen + rejected)} if initial else {})
+    return means | ({"kl": kl} if initial else {})
 
 
 def plan_updates(pairs, args):
@@ -545,9 +693,13 @@ def make_optimizer(args, updates):
 
 
 def train(model, params, dtypes, plan, args):
-    """Yield (step, params, metrics) after each update of the plan; metrics are arrays (B,) of its pairs, or (1,)."""
+    """Yield (step, params, found, rates) after each update of the plan, all still being computed.
+
+    found: its batches, as mean_metrics takes them; rates: grad_norm and learning_rate. An update whose loss or norm is
+    not finite is not made, nor any after it, and their norms are nan: params stay the last good ones.
+    """
     maybe_set_recommended_wired_limit()  # a Mac then keeps the model's memory in place
-    optimizer = make_optimizer(args, len(plan))
+    optimizer, world, norm, before = make_optimizer(args, len(plan)), mx.distributed.init(), mx.array(0.0), None
     optimizer.init(params)
     state = [optimizer.state, mx.random.state]
 
@@ -556,31 +708,31 @@ def train(model, params, dtypes, plan, args):
         return pair_metrics(logps, batch, args)["loss"].sum(), logps
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def step(params, gradients, batch, count):
-        """Add the batch's gradients; given the count of the update's pairs, which its last batch is, update too."""
-        (_, logps), new = mx.value_and_grad(batch_loss)(params, batch)
-        gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+    def step(params, sums, norm, batch, count):
+        """Add the batch's loss and gradients; given the count of the update's pairs, on its last batch, update too."""
+        (loss, logps), gradients = mx.value_and_grad(batch_loss)(params, batch)
+        metrics, new = pair_metrics(logps, batch, args), (loss, gradients)
+        sums = new if sums is None else tree_map(mx.add, sums, new)
         if count is None:
-            return params, gradients, pair_metrics(logps, batch, args), None
-        gradients, norm = optim.clip_grad_norm(tree_map(lambda g: g / count, gradients), 1.0)
-        return optimizer.apply_gradients(gradients, params), None, pair_metrics(logps, batch, args), norm
+            return params, sums, norm, metrics
+        loss, gradients = tree_map(lambda g: g * (world.size() / count), average_gradients(sums))
+        gradients, new_norm = optim.clip_grad_norm(gradients, 1.0)
+        good = mx.isfinite(norm + new_norm + loss)
+        new = optimizer.apply_gradients(gradients, params)
+        params = tree_map(lambda new, old: mx.where(good, new, old), new, params)
+        return params, None, mx.where(good, new_norm, math.nan), metrics
 
     for update, group in enumerate(plan, 1):
-        start, pairs, found, gradients, new = time.perf_counter(), sum(group, []), [], None, params
+        sums, found = None, []
         for batch in group:
-            count = mx.array(len(pairs)) if batch is group[-1] else None
-            new, gradients, metrics, norm = step(params, gradients, make_batch(batch), count)
-            mx.eval(new, gradients, metrics, norm, optimizer.state)
-            found.append(metrics)
-        metrics = {name: np.concatenate([np.array(f[name]) for f in found]) for name in metrics}
-        if not (math.isfinite(norm.item()) and np.isfinite(metrics["loss"]).all()):
-            return  # without this update: what was yielded last stays good
-        params = new
-        tokens = sum(2 * len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
-        rates = {"grad_norm": norm.item(), "learning_rate": optimizer.learning_rate.item()}
-        rates |= {"tokens_per_second": tokens / (time.perf_counter() - start)}
-        rates |= {"peak_memory_gb": mx.get_peak_memory() / 1e9}
-        yield update, params, metrics | {name: [rate] for name, rate in rates.items()}
+            pairs, own = own_part(batch)
+            count = mx.array(sum(map(len, group))) if batch is group[-1] else None
+            params, sums, norm, metrics = step(params, sums, norm, make_batch(pairs, args.share), count)
+            mx.async_eval(params, sums, norm, metrics, optimizer.state)
+            mx.eval(before)  # one batch is computed while the host prepares the next, not more
+            before = metrics
+            found.append((metrics, own))
+        yield update, params, found, {"grad_norm": norm, "learning_rate": optimizer.learning_rate}
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -621,7 +773,7 @@ def report(step, split, metrics, args, callback=None):
     shown = ("loss", "accuracies", "margins", "kl", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb")
     line = [f"{name} {value:.4g}" for name, value in metrics.items() if name.removeprefix("rewards/") in shown]
     tqdm.write(f"step {step} {split}: {'  '.join(line)}")
-    if args.train:
+    if args.train and not mx.distributed.init().rank():
         with open(Path(args.adapter_path, "metrics.jsonl"), "a") as file:
             file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
     if callback:
@@ -630,10 +782,13 @@ def report(step, split, metrics, args, callback=None):
 
 
 def main():
+    world = mx.distributed.init()
+    if world.rank():  # the first process speaks for all
+        sys.stdout, BAR["disable"] = open(os.devnull, "w"), True
     args = parse_args(sys.argv[1:])
     folder, splits = Path(args.adapter_path), load_splits(args)
     questions = [pair["prompt"][0]["content"] for pair in sum(splits.values(), []) if len(pair["prompt"]) == 1]
-    if args.train:
+    if args.train and not world.rank():
         check_folder(folder, args)  # now, not after an hour
     with blame(args.model, "give a folder or a Hugging Face name"):
         tokenizer = load_tokenizer(args.model)
@@ -643,12 +798,14 @@ def main():
         with blame(reference, "give a folder or a Hugging Face name"):
             model, other = mlx_lm.load(reference)
             need(other.get_vocab() == tokenizer.get_vocab(), "the reference has another tokenizer")
-        add_reference(model, every_pair, args.batch_size)
+        args.share = settle_sharing(model, every_pair)
+        add_reference(model, every_pair, args)
         del model
     with blame(args.adapter or args.model, f"it cannot be loaded for {args.model}: see --model and --adapter-path"):
         model = mlx_lm.load(args.model, adapter_path=args.adapter)[0]
+    args.share = settle_sharing(model, every_pair)
     if not reference:
-        add_reference(model, every_pair, args.batch_size)
+        add_reference(model, every_pair, args)
     with blame(f"--fine-tune-type {args.fine_tune_type}", f"choose what {args.model} can be trained with"):
         params, dtypes = trainable_parameters(model, args)
     start_params = None if reference or args.fine_tune_type == "full" else params
@@ -668,38 +825,51 @@ def main():
         measure(0, "test", args.test_batches)
         return print(summary["test"])
     if not reference:  # nothing is trained yet, so every margin is 0 and the loss log 2, but for rounding
-        batch = make_batch(splits["train"][: args.batch_size])
-        gaps = abs(completion_logps(install(model, params, dtypes), batch) - batch["ref_logps"]) / batch["mask"].sum(-1)
-        exact = all(w.dtype == mx.float32 for _, w in tree_flatten(model.trainable_parameters()))
-        if not gaps.max().item() <= (1e-5 if exact else 5e-3):
-            sys.exit(f"self-check: untrained, the policy is {gaps.max().item():.1e} nats a token off the reference")
+        batch = make_batch(splits["train"][: args.batch_size], args.share)
+        if differ(model, completion_logps(install(model, params, dtypes), batch), batch["ref_logps"], batch):
+            sys.exit("self-check: untrained, the policy does not score answers as the reference: --no-reference-cache")
 
-    start_folder(folder, args)
-    callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
+    callback, main_process = None, world.rank() == 0
+    if main_process:
+        start_folder(folder, args)
+        callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
     if args.grad_checkpoint:
-        grad_checkpoint(model.layers[0])
-    plan, found, interrupts, step = plan_updates(splits["train"], args), [], [], 0
+        for layer in model.layers:
+            layer.__class__ = type(type(layer).__name__, (Checkpointed, type(layer)), {})
+    plan, interrupts, step = plan_updates(splits["train"], args), [], 0
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
-    print(f"pairs: {counts}; {len(plan)} updates")
+    print(f"pairs: {counts}; {len(plan)} updates; {padding_share(sum(plan, []), args):.0%} of the tokens are padding")
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
     measure(0, "valid", args.val_batches, callback)
-    for step, params, metrics in train(model, params, dtypes, tqdm(plan, desc="training", **BAR), args):
-        found, last = found + [metrics], step == len(plan) or bool(interrupts)
-        if step % args.steps_per_report == 0 or last:
-            now = {name: metrics[name][0] for name in ("learning_rate", "peak_memory_gb")}  # not their means
-            report(step, "train", mean_metrics(found) | now, args, callback)
-            found = []
-        if step % args.save_every == 0 or last:
+    found, norms, tokens, start = [], {}, 0, time.perf_counter()
+    for step, params, batches, rates in train(model, params, dtypes, tqdm(plan, desc="training", **BAR), args):
+        found, norms[step] = found + batches, rates["grad_norm"]
+        tokens += sum(2 * len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]) for p in sum(plan[step - 1], []))
+        due = step % args.steps_per_report == 0 or step == len(plan)
+        stop = bool(interrupts) if world.size() == 1 else due and sum_all(len(interrupts)) > 0  # together, or they hang
+        if due or stop:
+            if bad := [s for s, norm in norms.items() if not math.isfinite(norm.item())]:
+                step = bad[0] - 1
+                break
+            metrics = mean_metrics(found) | {"grad_norm": sum(norm.item() for norm in norms.values()) / len(norms)}
+            metrics |= {"learning_rate": rates["learning_rate"].item()}
+            metrics |= {"tokens_per_second": tokens / (time.perf_counter() - start)}
+            report(step, "train", metrics | {"peak_memory_gb": mx.get_peak_memory() / 1e9}, args, callback)
+            found, norms, tokens, start = [], {}, 0, time.perf_counter()
+        pause = time.perf_counter()
+        if main_process and (step % args.save_every == 0 or step == len(plan) or stop):
             save_weights(folder / "adapters.safetensors", params, dtypes)
         if step % args.steps_per_eval == 0 or step == len(plan):
             measure(step, "valid", args.val_batches, callback)
-        if interrupts:
+        start += time.perf_counter() - pause
+        if stop:
             break
     if step < len(plan):
         why = "interrupted" if interrupts else f"the loss of step {step + 1} is not finite: lower --learning-rate"
         if not step:
             sys.exit(f"{folder}: {why}; nothing is trained yet")
-        save_weights(folder / "adapters.safetensors", params, dtypes)
+        if main_process:
+            save_weights(folder / "adapters.safetensors", params, dtypes)
         file, other = f"{folder}/adapters.safetensors", reference or args.model
         words = shlex.join(["--resume-adapter-file", file, "--reference-model", other])
         sys.exit(f"{folder}: {why}; it holds step {step} of {len(plan)}. To train on from there, add: {words}")
