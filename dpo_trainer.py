@@ -34,10 +34,11 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_lm
 import numpy as np
@@ -45,6 +46,7 @@ import yaml
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
+from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 from mlx_lm.utils import load_tokenizer, maybe_set_recommended_wired_limit, save_config
 from tqdm import tqdm
@@ -382,14 +384,14 @@ class PrefixCache:
         if self.lengths is None:
             self.keys, self.values = keys, values
             return keys, values
-        return self.join(self.keys, keys), self.join(self.values, values)
-
-    def join(self, old, new):  # (B, heads, P, D), (2B, heads, R, D) -> (2B, heads, P + R, D), copied once
-        old = mx.broadcast_to(old, (2, *old.shape))
-        return mx.concatenate([old, new.reshape(2, -1, *new.shape[1:])], axis=3).flatten(0, 1)
+        prompt = (mx.concatenate([x, x]) for x in (self.keys, self.values))  # of the chosen, of the rejected
+        return tuple(mx.concatenate(both, axis=2) for both in zip(prompt, (keys, values)))  # (2B, heads, P + R, D)
 
     def make_mask(self, N, return_array=False, window_size=None):
-        """Return which columns each of N new tokens sees: those not after it, within the window, and no padding."""
+        """Return what to add to the scores: 0 where a new token sees a column, much less where it may not.
+
+        It sees what does not come after it, lies within the window and is no padding: (2B, 1, N, P + N).
+        """
         if self.lengths is None and not (return_array or window_size):
             return "causal"
         rows = columns = mx.arange(N)[None] + (0 if self.lengths is None else self.lengths[:, None])  # true positions
@@ -398,7 +400,18 @@ class PrefixCache:
             prompt = mx.where(prompt < self.lengths[:, None], prompt, 2**30)  # padding lies after everything
             columns = mx.concatenate([prompt, columns], axis=1)
         behind = rows[:, None, :, None] - columns[:, None, None, :]
-        return (behind >= 0) & (behind < (window_size or 2**30))
+        seen = (behind >= 0) & (behind < (window_size or 2**30))
+        if self.lengths is None:
+            return seen
+        lowest = mx.array(mx.finfo(self.keys.dtype).min, self.keys.dtype)  # CUDA's attention is slow with a boolean mask
+        return mx.where(seen, mx.zeros_like(lowest), lowest)
+
+
+class FusedLoRA(LoRALinear):
+    """A LoRALinear that adds the adapter's part within its last matrix product, without a pass of its own."""
+
+    def __call__(self, x):
+        return mx.addmm(self.linear(x), self.dropout(x) @ self.lora_a, self.lora_b, alpha=self.scale)
 
 
 class Checkpointed:
@@ -456,10 +469,127 @@ def response_logits(model, batch):
     return model(batch["rows"][:, :-1], cache=cache)
 
 
+# token_logps's kernels: one threadgroup a row of V logits. The texts are Metal; the header makes CUDA of them.
+THREADS = 256  # a row: a multiple of 32, up to 1024
+HEADER = """
+#ifdef __CUDACC__
+#define DEVICE
+#define threadgroup __shared__
+#define threadgroup_position_in_grid blockIdx
+#define thread_index_in_threadgroup threadIdx.x
+#define threadgroup_barrier(flags) __syncthreads()
+#define METAL_FUNC __device__
+namespace fast { METAL_FUNC float exp(float x) { return __expf(x); } }
+METAL_FUNC float simd_max(float x) { for (int i = 16; i; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i)); return x; }
+METAL_FUNC float simd_sum(float x) { for (int i = 16; i; i /= 2) x += __shfl_xor_sync(~0u, x, i); return x; }
+#else
+#define DEVICE device
+#endif
+#define LOWEST -3e38f  // in -INFINITY's place, which less itself is no number
+template <typename T> struct alignas(16) Pack { T values[8]; };  // read or written at once
+template <typename T> METAL_FUNC Pack<T> read_pack(const DEVICE T* x, int i, int size) {
+    if (i >= 0 && i + 8 <= size) return *(const DEVICE Pack<T>*)(x + i);
+    Pack<T> pack;  // at an end of the row
+    for (int j = 0; j < 8; j++) pack.values[j] = i + j >= 0 && i + j < size ? x[i + j] : (T)LOWEST;
+    return pack;
+}
+"""
+ROW = """
+    const int row = threadgroup_position_in_grid.x, index = thread_index_in_threadgroup, target = targets[row];
+    const DEVICE T* x = logits + (size_t)row * V;
+    const int first = 8 * index - (int)(((size_t)x & 15) / sizeof(T));  // packs start at multiples of 16 bytes
+"""
+FORWARD = ROW + """
+    threadgroup float maxima[32], sums[32];
+    if (target < 0 && index == 0) logps[row] = lse[row] = 0;
+    if (target < 0) return;
+    float high = LOWEST, sum = 0;  // of the values read so far: the maximum, the sum of exp(value - maximum)
+    for (int i = first; i < V; i += 8 * THREADS) {
+        const Pack<T> pack = read_pack(x, i, V);
+        const float old = high;
+        for (int j = 0; j < 8; j++) high = max(high, (float)pack.values[j]);
+        sum *= fast::exp(old - high);
+        for (int j = 0; j < 8; j++) sum += fast::exp((float)pack.values[j] - high);
+    }
+    float top = simd_max(high);
+    sum = simd_sum(sum * fast::exp(high - top));
+    if (index % 32 == 0) {
+        maxima[index / 32] = top;
+        sums[index / 32] = sum;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    high = index < THREADS / 32 ? maxima[index] : LOWEST;  // each simdgroup's; the first one joins them
+    top = simd_max(high);
+    sum = simd_sum(index < THREADS / 32 ? sums[index] * fast::exp(high - top) : 0);
+    if (index > 0) return;
+    lse[row] = top + log(sum);
+    logps[row] = ((float)x[target] - top) - log(sum);  // not less lse: rounded, it costs a likely token its digits
+"""
+BACKWARD = ROW + """
+    DEVICE T* out = gradient + (size_t)row * V;
+    const float scale = target < 0 ? 0 : cotangent[row], total = lse[row];
+    for (int i = first; i < V; i += 8 * THREADS) {
+        Pack<T> pack = {};
+        if (scale != 0) pack = read_pack(x, i, V);  // else the row is not read, and its gradient 0
+        for (int j = 0; scale != 0 && j < 8; j++)
+            pack.values[j] = (T)(scale * ((float)(i + j == target) - fast::exp((float)pack.values[j] - total)));
+        if (i >= 0 && i + 8 <= V && ((size_t)(out + i) & 15) == 0) *(DEVICE Pack<T>*)(out + i) = pack;
+        else for (int j = 0; j < 8; j++) if (i + j >= 0 && i + j < V) out[i + j] = pack.values[j];
+    }
+"""
+
+
+@lru_cache
+def fused_log_softmax():
+    """Return f(logits (..., V), targets (...) int32) -> (log-probabilities, log-sum-exps), both (...) float32.
+
+    Where a target is -1, both are 0, and so is the gradient. Returns None where there is no GPU, and, with a line that
+    says so, where the kernel fails or differs from plain MLX: it is tried here, once.
+    """
+    if not (mx.metal.is_available() or mx.cuda.is_available()):
+        return None
+    make = partial(mx.fast.metal_kernel if mx.metal.is_available() else mx.fast.cuda_kernel, header=HEADER)
+    forward = make("log_softmax", ["logits", "targets"], ["logps", "lse"], FORWARD)
+    backward = make("log_softmax_vjp", ["logits", "targets", "lse", "cotangent"], ["gradient"], BACKWARD)
+
+    def run(kernel, shapes, dtypes, *inputs):
+        template = [("T", inputs[0].dtype), ("V", inputs[0].shape[-1]), ("THREADS", THREADS)]
+        threads = dict(grid=(inputs[1].size * THREADS, 1, 1), threadgroup=(THREADS, 1, 1))
+        return kernel(inputs=inputs, template=template, output_shapes=shapes, output_dtypes=dtypes, **threads)
+
+    @mx.custom_function
+    def fused(logits, targets):
+        return run(forward, [targets.shape] * 2, [mx.float32] * 2, logits, targets)
+
+    @fused.vjp
+    def fused_vjp(primals, cotangents, outputs):
+        logits, targets = primals
+        gradients = run(backward, [logits.shape], [logits.dtype], logits, targets, outputs[1], cotangents[0])
+        return gradients[0], mx.zeros_like(targets)
+
+    def plain(logits):
+        logits = logits.astype(mx.float32)
+        return ((logits - mx.logsumexp(logits, -1, keepdims=True)) * (targets[:, None] == mx.arange(1003))).sum(-1)
+
+    targets, cotangents = mx.array([5, -1, 1002]), [mx.array([1.0, 1.0, -0.5])]
+    both = (lambda logits: fused(logits, targets)[0], plain)
+    try:
+        for dtype in (mx.float32, mx.bfloat16):
+            logits = mx.sin(mx.arange(3 * 1003)).reshape(3, 1003).astype(dtype)
+            (ours, gradient), (known, expected) = (mx.vjp(f, [logits], cotangents) for f in both)
+            same = mx.allclose(ours[0], known[0], 1e-5) and mx.allclose(gradient[0], expected[0], 1e-2)
+            need(same, "it differs from plain MLX")
+    except Exception as error:
+        return print(f"log-softmax without the fused kernel: {' '.join(str(error).split())[:200]}")
+    return fused
+
+
 def token_logps(logits, targets, mask):
-    """Return log softmax(logits) at the targets: (2B, R), summed up in float32, and 0 where mask is 0."""
+    """Return log softmax(logits) at the targets: (...), of logits (..., V), in float32, and 0 where mask is 0."""
     if mx.default_device() == mx.Device(mx.cpu):  # there cross_entropy sums in the logits' dtype
         logits = logits.astype(mx.float32)
+    elif fused := fused_log_softmax():
+        return fused(logits, mx.where(mask > 0, targets.astype(mx.int32), -1))[0]
     return mx.where(mask > 0, -mx.fast.cross_entropy(logits, targets), 0.0)
 
 
@@ -525,6 +655,18 @@ def trainable_parameters(model, args):
     need(all(mx.issubdtype(w.dtype, mx.floating) for w in weights), "a quantized model cannot be trained in full")
     dtypes = tree_map(lambda w: {"lora": common, "dora": mx.float32}.get(args.fine_tune_type, w.dtype), own)
     return tree_map(lambda w: w.astype(mx.float32), own), dtypes
+
+
+def lighten(model, checkpoint):
+    """Make the model's layers cost less memory and time in training; checkpoint: much less memory for more time."""
+    for module in model.modules():
+        if type(module) is LoRALinear:
+            module.__class__ = FusedLoRA
+        home = sys.modules[type(module).__module__]
+        if hasattr(home, "swiglu"):  # computed again in the backward pass, which reads its inputs anyway
+            home.swiglu = mx.checkpoint(lambda gate, x: nn.silu(gate) * x)
+    for layer in model.layers if checkpoint else []:
+        layer.__class__ = type(type(layer).__name__, (Checkpointed, type(layer)), {})
 
 
 def install(model, params, dtypes, training=False):
@@ -833,9 +975,7 @@ def main():
     if main_process:
         start_folder(folder, args)
         callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
-    if args.grad_checkpoint:
-        for layer in model.layers:
-            layer.__class__ = type(type(layer).__name__, (Checkpointed, type(layer)), {})
+    lighten(model, args.grad_checkpoint)
     plan, interrupts, step = plan_updates(splits["train"], args), [], 0
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
     print(f"pairs: {counts}; {len(plan)} updates; {padding_share(sum(plan, []), args):.0%} of the tokens are padding")

@@ -2,18 +2,19 @@
 Time a training step of dpo_trainer.py against mlx-lm-lora's `train_dpo` on the same batches, in one process.
 
     python tests/bench_step.py --shape 1B --lengths 900/150,180/300
-    python tests/bench_step.py --shape cpu --lengths 450/75           a small float32 model, for machines without a GPU
-    python tests/bench_step.py --padding 2000 --lengths 900/150       counts the padding of our batches; no model
+    python tests/bench_step.py --shape cpu --lengths 450/75 --pairs 8     a small float32 model, for a CPU
+    python tests/bench_step.py --padding 2000 --lengths 900/150           counts the padding of our batches; no model
 
 A random model, LoRA of rank 8 on every linear layer, AdamW, no checkpointing. The two take turns: each turn builds the
 model, compiles in a first pass over all batches, times a second one and frees everything. mlx-lm-lora gets our batches,
-padded to the longest row as it does, and its reference model runs in each step, as it does; ours ran before training.
+padded to the longest row as it does, and runs its reference model in each step, as it does; ours ran before training.
 
 ms/step   median of the rounds, the least and the most; with making the batch's arrays
 peak GB   of the second pass, weights included
 rate      share of the device's own rate at a large matrix product that goes into what the pairs need: 4 x parameters x
           tokens, each prompt once, the vocabulary for answer tokens alone; attention is not counted
-floor     2 x the compiled forward of the same batches / the step (frozen weights need no gradient of their own)
+floor     2 x the compiled forward of the same batches / the step (frozen weights need no gradient of their own); above
+          100 % where the backward takes less than the forward
 padding   share of padding in the tokens that our step computes
 """
 
@@ -75,26 +76,22 @@ def padding_share(batches):
     """Return the share of padding in make_batch's arrays; prompts may stand apart there, once for both answers."""
     padded = real = 0
     for batch in batches:
-        mask = np.array(batch["mask"]) > 0
-        padded += batch["rows"][:, :-1].size
+        mask, prompts = np.array(batch["mask"]) > 0, np.array(batch.get("prompts", []))
+        padded += batch["rows"][:, :-1].size + prompts.size
         real += (mask * np.arange(1, mask.shape[1] + 1)).max(-1).sum()  # a row ends at its last scored token
-        if "prompts" in batch and batch["prompts"].size:
-            padded += batch["prompts"].size
-            real += np.array(batch["prompt_lengths"]).sum()
+        real += np.array(batch["prompt_lengths"]).sum() if prompts.size else 0
     return 1 - real / padded
 
 
 def product_rate(dtype):
-    """Return the FLOP/s of a large matrix product, the best of five tries."""
-    size, chain, seconds = (8192, 16, []) if mx.default_device() == mx.Device(mx.gpu) else (1536, 2, [])
+    """Return the FLOP/s of a large matrix product, the best of ten tries."""
+    size, seconds = 8192 if mx.default_device() == mx.Device(mx.gpu) else 1024, []
     weights = (mx.random.normal((size, size)) / math.sqrt(size)).astype(dtype)  # its products keep their scale
-    for _ in range(6):  # the first warms up
-        start, x = time.perf_counter(), weights
-        for _ in range(chain):
-            x = x @ weights
-        mx.eval(x)
+    for _ in range(10):
+        start = time.perf_counter()
+        mx.eval(weights @ weights @ weights @ weights @ weights)  # four at a time, for the launch to weigh little
         seconds.append(time.perf_counter() - start)
-    return chain * 2 * size**3 / min(seconds[1:])
+    return 4 * 2 * size**3 / min(seconds)
 
 
 def needed_work(shape, pairs):
@@ -109,37 +106,44 @@ def needed_work(shape, pairs):
 def time_ours(shape, plan, args):
     """Return the seconds and peak GB of a pass, the seconds of its forwards alone, and its batches' padding share."""
     model, batches, make_batch, half = build(shape), [], dpo.make_batch, len(plan) // 2
+    args.share = dpo.settle_sharing(model, plan[0][0])
     params, dtypes = dpo.trainable_parameters(model, args)
 
     def recorded(*given, **named):  # floor and padding are of the very arrays that were trained on
         batches.append(make_batch(*given, **named))
         return batches[-1]
 
-    with mock.patch.object(dpo, "make_batch", recorded):
-        for step, params, _ in dpo.train(model, params, dtypes, plan, args):
+    # what ours replaces in mlx-lm's module must not reach mlx-lm-lora, which uses the same
+    with mock.patch.dict(vars(llama)), mock.patch.object(dpo, "make_batch", recorded):
+        dpo.lighten(model, args.grad_checkpoint)
+        for step, params, *_, rates in dpo.train(model, params, dtypes, plan, args):
             if step == half:
+                mx.eval(params)  # what is yielded is still being computed
                 mx.reset_peak_memory()
                 start = time.perf_counter()
+        mx.eval(params)
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory() / 1e9
-    assert step == len(plan), "the loss was not finite"
+    assert math.isfinite(rates["grad_norm"].item()), "the loss is not finite"
     forward = mx.compile(lambda params, batch: dpo.completion_logps(dpo.install(model, params, dtypes, True), batch))
     for _ in range(2):  # the first pass compiles
-        start = time.perf_counter()
+        start, logps = time.perf_counter(), None
         for batch in batches[half:]:
-            mx.eval(forward(params, batch))
+            before, logps = logps, forward(params, batch)
+            mx.async_eval(logps)  # as in training the host is one batch ahead
+            mx.eval(before)
+        mx.eval(logps)
     return seconds, peak, time.perf_counter() - start, padding_share(batches[half:])
 
 
 def peer_batch(pairs):
     """Return chosen ids, rejected ids and their masks, (B, T) each, as mlx-lm-lora's iterate_dpo_batches makes them."""
-    width = max(len(pair["prompt"]) + len(pair[side]) for pair in pairs for side in SIDES[1:])
-    ids, masks = np.zeros((2, len(pairs), width), np.int32), np.zeros((2, len(pairs), width), np.float32)
-    for side, side_ids, side_masks in zip(SIDES[1:], ids, masks):
-        for pair, row, mask in zip(pairs, side_ids, side_masks):
-            tokens = pair["prompt"] + pair[side]
-            row[: len(tokens)] = tokens
-            mask[len(pair["prompt"]) : len(tokens)] = 1
-    return (*map(mx.array, ids), *map(mx.array, masks))
+    rows = [(len(pair["prompt"]), pair["prompt"] + pair[side]) for side in SIDES[1:] for pair in pairs]
+    width = max(len(row) for _, row in rows)
+    ids, masks = np.zeros((2 * len(pairs), width), np.int32), np.zeros((2 * len(pairs), width), np.float32)
+    for i, (start, row) in enumerate(rows):
+        ids[i, : len(row)] = row
+        masks[i, start : len(row)] = 1
+    return tuple(mx.array(half) for both in (ids, masks) for half in np.split(both, 2))
 
 
 def time_peer(shape, plan, args):
@@ -150,8 +154,10 @@ def time_peer(shape, plan, args):
     model.freeze()
     reference.freeze()
     linear_to_lora_layers(model, args.num_layers, args.lora_parameters)
+    optimizer = optim.AdamW(args.learning_rate)
+    optimizer.init(model.trainable_parameters())  # or its first batch's step would be compiled again in the timed pass
     feed = (peer_batch(batch) for group in plan for batch in group)  # made within the step, as ours
-    # a Mac's memory limit, which other devices do not have; there ours has set it before
+    # a Mac's memory limit: other devices have none, and on a Mac our training has set it before
     limits = {"device_info": lambda: {"max_recommended_working_set_size": 0}, "set_wired_limit": lambda limit: limit}
     watch = SimpleNamespace(on_train_loss_report=lambda report: (reports.append(report), mx.reset_peak_memory()))
     with (
@@ -161,9 +167,9 @@ def time_peer(shape, plan, args):
         redirect_stderr(io.StringIO()),
         tempfile.TemporaryDirectory() as folder,
     ):
-        settings = dict(batch_size=args.batch_size, iters=len(plan), steps_per_report=half, steps_per_save=10**9)
-        settings = peer.DPOTrainingArgs(**settings, adapter_file=f"{folder}/adapters.safetensors", beta=args.beta)
-        peer.train_dpo(model, reference, optim.AdamW(args.learning_rate), [], None, settings, training_callback=watch)
+        settings = peer.DPOTrainingArgs(iters=len(plan), steps_per_report=half, steps_per_save=10**9)
+        settings.adapter_file = f"{folder}/adapters.safetensors"
+        peer.train_dpo(model, reference, optimizer, [], None, settings, training_callback=watch)
     assert math.isfinite(reports[-1]["train_loss"]), "the loss is not finite"
     return half / reports[-1]["iterations_per_second"], reports[-1]["peak_memory"]
 
@@ -175,14 +181,13 @@ def compare(name, options, rate):
     plan, sides = dpo.plan_updates(pairs, args), {"ours": time_ours, PEER: time_peer}
     found = {side: [] for side in list(sides)[: 1 if options.ours_only else 2]}
     for side in list(found) * options.rounds:
-        if side in found:
-            try:
-                found[side].append(sides[side](options.shape, plan, args))
-            except RuntimeError as error:  # out of memory in one must not hide the other
-                print(f"{name:9} {side:12} {str(error)[:200]}", flush=True)
-                del found[side]
-            gc.collect()  # what was compiled and its model hold each other
-            mx.clear_cache()
+        try:
+            found[side].append(sides[side](options.shape, plan, args))
+        except RuntimeError as error:  # out of memory in one must not hide the other
+            print(f"{name:9} {side:12} {str(error)[:200]}", flush=True)
+        gc.collect()  # what was compiled and its model hold each other
+        mx.clear_cache()
+    found = {side: rounds for side, rounds in found.items() if rounds}
     for side, rounds in found.items():
         seconds, peak, *rest = np.median(rounds, axis=0)
         ms = [2e3 * took / len(plan) for took in (seconds, min(rounds)[0], max(rounds)[0])]
@@ -191,9 +196,9 @@ def compare(name, options, rate):
         print(line + (f"{2 * rest[0] / seconds:9.0%}{rest[1]:9.1%}" if rest else ""), flush=True)
     if len(found) == 2:
         took, peak = np.divide(*(np.median([turn[:2] for turn in rounds], axis=0) for rounds in found.values()))
-        each = [ours[0] / theirs[0] for ours, theirs in zip(*found.values())]
-        spread = f"({min(each):.3f}-{max(each):.3f})"
-        print(f"{name:9} {'ours/theirs':12}{took:9.3f}{spread:>18}{1 / took:9.2f}{peak:9.3f}", flush=True)
+        each = sorted(ours[0] / theirs[0] for ours, theirs in zip(*found.values()))
+        line = f"{name:9} {'ours/theirs':12}{took:9.3f}{f'({each[0]:.3f}-{each[-1]:.3f})':>18}"
+        print(f"{line}{1 / took:9.2f}{peak:9.3f}", flush=True)
 
 
 def main():
@@ -219,8 +224,8 @@ def main():
         options.ours_only = True
     rate = product_rate(SHAPES[options.shape][-1])
     print(f"{options.shape}, {options.pairs} pairs, {options.rounds} rounds; matrix products {rate / 1e12:.3g} TFLOP/s")
-    heads = dict(zip(("ms/step", "(least-most)", "pairs/s", "peak GB", "rate", "floor", "padding"), (9, 18, *[9] * 5)))
-    print(f"{'lengths':22}" + "".join(f"{head:>{width}}" for head, width in heads.items()), flush=True)
+    heads = "".join(f"{head:>9}" for head in ("pairs/s", "peak GB", "rate", "floor", "padding"))
+    print(f"{'lengths':22}{'ms/step':>9}{'(least-most)':>18}{heads}", flush=True)
     for name in options.lengths.split(","):
         compare(name, options, rate)
 
