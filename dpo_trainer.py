@@ -369,6 +369,8 @@ def encode_pairs(tokenizer, pairs, limit):
 # Rows are padded to a multiple of this: few shapes, so few compilations; CUDA's fused attention wants 128.
 PAD = 8 if mx.default_device() == mx.Device(mx.cpu) else 128 if mx.cuda.is_available() else 32
 
+CHUNK = 2**27  # logits at once where memory counts: 0.27 GB in 16 bits
+
 
 class PrefixCache:
     """One layer's keys and values of B prompts: it stores them, then puts them before those of the 2B answers.
@@ -408,10 +410,36 @@ class PrefixCache:
 
 
 class FusedLoRA(LoRALinear):
-    """A LoRALinear that adds the adapter's part within its last matrix product, without a pass of its own."""
+    """A LoRALinear without dropout, whose adapter takes no pass of its own over the layer's inputs and outputs."""
 
     def __call__(self, x):
-        return mx.addmm(self.linear(x), self.dropout(x) @ self.lora_a, self.lora_b, alpha=self.scale)
+        @mx.custom_function
+        def layer(x, a, b):
+            down = (x @ a) * self.scale
+            return mx.addmm(self.linear(x), down, b), down
+
+        @layer.vjp
+        def layer_vjp(primals, cotangents, outputs):
+            (x, a, b), up, down = primals, cotangents[0], outputs[1]
+            down_up = (up @ b.T) * self.scale
+            rows = [v.flatten(0, -2) for v in (x, down_up, down, up)]  # or each text has gradients, to be summed up
+            through = mx.vjp(self.linear, [x], [up])[1][0]  # the layer's own weights are frozen
+            return mx.addmm(through, down_up, a.T), rows[0].T @ rows[1], rows[2].T @ rows[3]
+
+        return layer(x, self.lora_a, self.lora_b)[0]
+
+
+@mx.custom_function
+def lean_swiglu(gate, x):
+    """Return silu(gate) * x, and keep nothing but these two for the backward pass."""
+    return nn.silu(gate) * x
+
+
+@lean_swiglu.vjp
+def lean_swiglu_vjp(primals, cotangent, _):
+    (gate, x), s = primals, 1 / (1 + mx.exp(-primals[0]))
+    same = (1 + mx.tanh(gate / 2)) / 2  # a sigmoid that is shared, with the forward too, would be kept and read again
+    return cotangent * x * s * (1 + gate * (1 - s)), cotangent * gate * same
 
 
 class Checkpointed:
@@ -438,6 +466,7 @@ def make_batch(pairs, share=0.9, multiple=PAD):
     Prompts are computed once for both answers where that leaves at most this share of the padded tokens: prompts then
     hold all of each but its last token, which begins the rows. Else P is 0, and rows hold the whole prompt. mask is 1
     where the target, rows[:, 1:], is a response token. ref_logps (2B,) and weights (B,) are there for the loss.
+    share 0: no prompts at all, for a model that is called as a whole, once.
     """
     count, up = len(pairs), lambda lengths: multiple * math.ceil(max(lengths) / multiple)
     starts = [len(pair["prompt"]) - 1 for pair in pairs]
@@ -454,23 +483,55 @@ def make_batch(pairs, share=0.9, multiple=PAD):
         ids[i, : len(row)] = row
         mask[i, len(pairs[i % count]["prompt"]) - starts[i % count] - 1 : len(row) - 1] = 1
     refs = np.float32([pair.get("ref_logps", (0, 0)) for pair in pairs]).T.reshape(-1)
-    batch = {"prompts": prompts, "prompt_lengths": np.int32(starts), "rows": ids, "mask": mask, "ref_logps": refs}
-    batch["weights"] = np.float32([pair["weight"] for pair in pairs])
+    batch = {"rows": ids, "mask": mask, "ref_logps": refs, "weights": np.float32([pair["weight"] for pair in pairs])}
+    if share:
+        batch |= {"prompts": prompts, "prompt_lengths": np.int32(starts)}
     return {name: mx.array(value) for name, value in batch.items()}
 
 
-def response_logits(model, batch):
-    """Return the logits of a batch's targets: (2B, R, V) in the model's dtype."""
-    cache = None
-    if batch["prompts"].size:
+def response_states(model, batch):
+    """Return what the model's head makes the logits of a batch's targets from: (2B, R, D)."""
+    body, cache = getattr(model, "model", model) if "prompts" in batch else model, None
+    if "prompts" in batch and batch["prompts"].size:
         cache, lengths = [PrefixCache() for _ in model.layers], mx.concatenate([batch["prompt_lengths"]] * 2)
-        model(batch["prompts"], cache=cache)  # nothing reads its logits, so they are not computed
+        body(batch["prompts"], cache=cache)
         cache = [PrefixCache(layer.keys, layer.values, lengths) for layer in cache]
-    return model(batch["rows"][:, :-1], cache=cache)
+    return body(batch["rows"][:, :-1], cache=cache)
+
+
+def head_logits(model, states, batch):
+    """Return the logits (2B, R, V) of response_states, by the model's own head: all that it does after its body."""
+    body = getattr(model, "model", None) if "prompts" in batch else None
+    if body is None:
+        return states
+    kind, body.__class__ = type(body), type("Given", (type(body),), {"__call__": lambda *_, **__: states})
+    logits = model(batch["rows"])
+    body.__class__ = kind
+    return logits
+
+
+def in_chunks(score, model, batch, *states):
+    """Return the sums over R of score(logits, targets, mask), (2B, R), calling it with as many tokens as CHUNK allows.
+
+    For each of states there are logits. In training they are computed again for the backward pass.
+    """
+    targets, mask = batch["rows"][:, 1:], batch["mask"]
+    step = max(1, CHUNK // (len(targets) * head_logits(model, states[0][:, :1], batch).shape[-1]))
+    if model.training and not isinstance(model.layers[0], Checkpointed):
+        step = len(targets[0])  # where every layer's activations are kept, the logits are not what fills the memory
+
+    def score_part(part, *states):
+        logits = (head_logits(model, x, batch) for x in states)
+        return score(*logits, targets[:, part], mask[:, part]).sum(-1)
+
+    if step >= len(targets[0]):
+        return score_part(slice(None), *states)
+    parts = [slice(i, i + step) for i in range(0, len(targets[0]), step)]
+    return sum(mx.checkpoint(partial(score_part, part))(*(x[:, part] for x in states)) for part in parts)
 
 
 # token_logps's kernels: one threadgroup a row of V logits. The texts are Metal; the header makes CUDA of them.
-THREADS = 256  # a row: a multiple of 32, up to 1024
+THREADS = 512 if mx.cuda.is_available() else 256  # a row: a multiple of 32, up to 1024
 HEADER = """
 #ifdef __CUDACC__
 #define DEVICE
@@ -593,9 +654,16 @@ def token_logps(logits, targets, mask):
     return mx.where(mask > 0, -mx.fast.cross_entropy(logits, targets), 0.0)
 
 
+def token_kl(logits, ref_logits, targets, mask):
+    """Return KL(policy || reference) at each token: (2B, R) float32, in nats, exact; 0 where mask is 0."""
+    both = (x.astype(mx.float32) for x in (logits, ref_logits))
+    p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in both)
+    return (mx.exp(p) * (p - q)).sum(-1) * mask
+
+
 def completion_logps(model, batch):
     """Return the log-probability of each row's response given its prompt, summed over its tokens: (2B,) float32."""
-    return token_logps(response_logits(model, batch), batch["rows"][:, 1:], batch["mask"]).sum(-1)
+    return in_chunks(token_logps, model, batch, response_states(model, batch))
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, loss="sigmoid", label_smoothing=0.0, delta=None):
@@ -632,10 +700,11 @@ def pair_metrics(logps, batch, args):
 
 
 def trainable_parameters(model, args):
-    """Freeze the model, add LoRA or DoRA layers (or find them) or unfreeze whole ones; return their float32 parameters.
+    """Freeze the model, add LoRA or DoRA layers (or find them) or unfreeze whole ones; return what is trained, float32.
 
-    Returns, too, a like tree of the dtypes to compute in: LoRA's is the model's own, since float32 adapters make every
-    activation float32; DoRA's is float32, for its norms.
+    Returns (params, layout): a dict of arrays, or of one vector with all of them, since an optimizer's pass over each
+    of hundreds of small ones takes longer than over their sum; and each one's name, shape and dtype to compute in:
+    LoRA's is the model's own, since float32 adapters make every activation float32; DoRA's is float32, for its norms.
     """
     floats = [w for _, w in tree_flatten(model.parameters()) if mx.issubdtype(w.dtype, mx.floating)]
     common = max({w.dtype for w in floats}, key=lambda dtype: sum(w.size for w in floats if w.dtype == dtype))
@@ -649,29 +718,45 @@ def trainable_parameters(model, args):
         model.unfreeze(keys=["lora_a", "lora_b", "m"], strict=False)
     else:
         linear_to_lora_layers(model, args.num_layers, args.lora_parameters, args.fine_tune_type == "dora")
-    own = model.trainable_parameters()
-    weights = [w for _, w in tree_flatten(own)]
-    need(weights, f"no layer has the --keys {args.keys}")
-    need(all(mx.issubdtype(w.dtype, mx.floating) for w in weights), "a quantized model cannot be trained in full")
-    dtypes = tree_map(lambda w: {"lora": common, "dora": mx.float32}.get(args.fine_tune_type, w.dtype), own)
-    return tree_map(lambda w: w.astype(mx.float32), own), dtypes
+    params = dict(tree_flatten(model.trainable_parameters()))
+    need(params, f"no layer has the --keys {args.keys}")
+    need(all(mx.issubdtype(w.dtype, mx.floating) for w in params.values()), "a quantized model has no full fine-tuning")
+    own = {"lora": common, "dora": mx.float32}.get(args.fine_tune_type)
+    layout = [(name, w.shape, own or w.dtype) for name, w in params.items()]
+    return pack(params, own and args.optimizer in ("adamw", "adam", "sgd")), layout  # the others go by the matrix
 
 
-def lighten(model, checkpoint):
-    """Make the model's layers cost less memory and time in training; checkpoint: much less memory for more time."""
+def pack(arrays, together):
+    """Return a dict of arrays in float32, or {"vector": all of them one after another}."""
+    if together:
+        return {"vector": mx.concatenate([w.flatten() for w in arrays.values()]).astype(mx.float32)}
+    return {name: w.astype(mx.float32) for name, w in arrays.items()}
+
+
+def unpack(params, layout):
+    """Return what pack was given, each array in its compute dtype."""
+    arrays = params.values()
+    if "vector" in params:
+        ends = np.cumsum([math.prod(shape) for _, shape, _ in layout])[:-1]
+        arrays = mx.split(params["vector"].astype(layout[0][2]), ends.tolist())
+    return {name: w.reshape(shape).astype(dtype) for w, (name, shape, dtype) in zip(arrays, layout)}
+
+
+def lighten(model, args):
+    """Make the model's layers cost less memory and time in training; much less memory with --grad-checkpoint."""
     for module in model.modules():
-        if type(module) is LoRALinear:
+        if type(module) is LoRALinear and not args.dropout:
             module.__class__ = FusedLoRA
         home = sys.modules[type(module).__module__]
-        if hasattr(home, "swiglu"):  # computed again in the backward pass, which reads its inputs anyway
-            home.swiglu = mx.checkpoint(lambda gate, x: nn.silu(gate) * x)
-    for layer in model.layers if checkpoint else []:
+        if hasattr(home, "swiglu"):
+            home.swiglu = lean_swiglu
+    for layer in model.layers if args.grad_checkpoint else []:
         layer.__class__ = type(type(layer).__name__, (Checkpointed, type(layer)), {})
 
 
-def install(model, params, dtypes, training=False):
-    """Return the model with these parameters, cast to their compute dtypes; called inside compiled functions."""
-    model.update(tree_map(lambda w, dtype: w.astype(dtype), params, dtypes))
+def install(model, weights, training=False):
+    """Return the model with these weights, {name: array}; called inside compiled functions."""
+    model.update(tree_unflatten(list(weights.items())))
     return model.train(training)
 
 
@@ -725,8 +810,9 @@ def padding_share(batches, args):
     real = padded = 0
     for pairs in batches:
         batch = make_batch(pairs, args.share)
-        padded += batch["prompts"].size + batch["mask"].size
-        times = 1 if batch["prompts"].size else 2  # so often each prompt is computed
+        prompts = batch["prompts"].size if "prompts" in batch else 0
+        padded += prompts + batch["mask"].size
+        times = 1 if prompts else 2  # so often each prompt is computed
         real += sum(times * (len(p["prompt"]) - 1) + len(p["chosen"]) + len(p["rejected"]) for p in pairs)
     return 1 - real / padded
 
@@ -774,7 +860,7 @@ def mean_metrics(found):
     return {name: float(value / count) for name, value in zip(found[0][0], sums)}
 
 
-def evaluate(model, params, initial, dtypes, pairs, args, size=-1):
+def evaluate(model, params, initial, layout, pairs, args, size=-1):
     """Return the mean of every metric over the pairs, the chosen answers' perplexity, and KL(policy || reference).
 
     KL is exact, from both distributions, in nats a response token; initial, the parameters that make the model its own
@@ -783,13 +869,10 @@ def evaluate(model, params, initial, dtypes, pairs, args, size=-1):
 
     @mx.compile
     def measure(params, initial, batch):
-        logits = response_logits(install(model, params, dtypes), batch)
-        metrics = pair_metrics(token_logps(logits, batch["rows"][:, 1:], batch["mask"]).sum(-1), batch, args)
-        ref_logits, kl = response_logits(install(model, initial, dtypes), batch) if initial else logits, []
-        for *both, mask in zip(logits, ref_logits, batch["mask"]):  # float32 copies of one row, not of all
-            p, q = (x.astype(mx.float32) - mx.logsumexp(x.astype(mx.float32), axis=-1, keepdims=True) for x in both)
-            kl.append(((mx.exp(p) * (p - q)).sum(-1) * mask).sum())
-        return metrics | {"kl": mx.stack(kl).reshape(2, -1).sum(0)}
+        states = response_states(install(model, unpack(params, layout)), batch)
+        metrics = pair_metrics(in_chunks(token_logps, model, batch, states), batch, args)
+        ref_states = response_states(install(model, unpack(initial, layout)), batch) if initial else states
+        return metrics | {"kl": in_chunks(token_kl, model, batch, states, ref_states).reshape(2, -1).sum(0)}
 
     if 0 < size * args.batch_size < len(pairs):
         pairs = random.Random(args.seed).sample(pairs, size * args.batch_size)
@@ -834,7 +917,7 @@ def make_optimizer(args, updates):
     return OPTIMIZERS[args.optimizer](learning_rate=rate, **own.get(args.optimizer, {}))
 
 
-def train(model, params, dtypes, plan, args):
+def train(model, params, layout, plan, args):
     """Yield (step, params, found, rates) after each update of the plan, all still being computed.
 
     found: its batches, as mean_metrics takes them; rates: grad_norm and learning_rate. An update whose loss or norm is
@@ -845,15 +928,15 @@ def train(model, params, dtypes, plan, args):
     optimizer.init(params)
     state = [optimizer.state, mx.random.state]
 
-    def batch_loss(params, batch):
-        logps = completion_logps(install(model, params, dtypes, training=True), batch)
+    def batch_loss(weights, batch):
+        logps = completion_logps(install(model, weights, training=True), batch)
         return pair_metrics(logps, batch, args)["loss"].sum(), logps
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(params, sums, norm, batch, count):
         """Add the batch's loss and gradients; given the count of the update's pairs, on its last batch, update too."""
-        (loss, logps), gradients = mx.value_and_grad(batch_loss)(params, batch)
-        metrics, new = pair_metrics(logps, batch, args), (loss, gradients)
+        (loss, logps), gradients = mx.value_and_grad(batch_loss)(unpack(params, layout), batch)
+        metrics, new = pair_metrics(logps, batch, args), (loss, pack(gradients, "vector" in params))
         sums = new if sums is None else tree_map(mx.add, sums, new)
         if count is None:
             return params, sums, norm, metrics
@@ -900,11 +983,10 @@ def start_folder(folder, args):
         shutil.copy(__file__, folder)
 
 
-def save_weights(path, params, dtypes):
+def save_weights(path, params, layout):
     """Write parameters, in their compute dtypes, under another name, flush and rename: a file is whole or not there."""
     unfinished = path.with_name(f"unfinished-{path.name}")
-    weights = tree_map(lambda w, dtype: w.astype(dtype), params, dtypes)
-    mx.save_safetensors(str(unfinished), dict(tree_flatten(weights)))
+    mx.save_safetensors(str(unfinished), unpack(params, layout))
     with open(unfinished, "rb+") as file:
         os.fsync(file.fileno())
     unfinished.replace(path)
@@ -949,14 +1031,14 @@ def main():
     if not reference:
         add_reference(model, every_pair, args)
     with blame(f"--fine-tune-type {args.fine_tune_type}", f"choose what {args.model} can be trained with"):
-        params, dtypes = trainable_parameters(model, args)
+        params, layout = trainable_parameters(model, args)
     start_params = None if reference or args.fine_tune_type == "full" else params
     if start_params is None:
         print("kl is left out: it is there for LoRA and DoRA in training, with the model itself as the reference")
 
     def measure(step, name, size, callback=None):
         if name in splits:
-            metrics = evaluate(model, params, start_params, dtypes, splits[name], args, size)
+            metrics = evaluate(model, params, start_params, layout, splits[name], args, size)
             report(step, name, metrics, args, callback)
             likelier = f"{metrics['ref_logps/accuracies']:.2f} -> {metrics['logps/accuracies']:.2f}"
             gained = f"it gained on the rejected one in {metrics['rewards/accuracies']:.2f} (rewards/accuracies)"
@@ -968,21 +1050,21 @@ def main():
         return print(summary["test"])
     if not reference:  # nothing is trained yet, so every margin is 0 and the loss log 2, but for rounding
         batch = make_batch(splits["train"][: args.batch_size], args.share)
-        if differ(model, completion_logps(install(model, params, dtypes), batch), batch["ref_logps"], batch):
+        if differ(model, completion_logps(install(model, unpack(params, layout)), batch), batch["ref_logps"], batch):
             sys.exit("self-check: untrained, the policy does not score answers as the reference: --no-reference-cache")
 
     callback, main_process = None, world.rank() == 0
     if main_process:
         start_folder(folder, args)
         callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
-    lighten(model, args.grad_checkpoint)
+    lighten(model, args)
     plan, interrupts, step = plan_updates(splits["train"], args), [], 0
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
     print(f"pairs: {counts}; {len(plan)} updates; {padding_share(sum(plan, []), args):.0%} of the tokens are padding")
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
     measure(0, "valid", args.val_batches, callback)
     found, norms, tokens, start = [], {}, 0, time.perf_counter()
-    for step, params, batches, rates in train(model, params, dtypes, tqdm(plan, desc="training", **BAR), args):
+    for step, params, batches, rates in train(model, params, layout, tqdm(plan, desc="training", **BAR), args):
         found, norms[step] = found + batches, rates["grad_norm"]
         tokens += sum(2 * len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]) for p in sum(plan[step - 1], []))
         due = step % args.steps_per_report == 0 or step == len(plan)
@@ -998,7 +1080,7 @@ def main():
             found, norms, tokens, start = [], {}, 0, time.perf_counter()
         pause = time.perf_counter()
         if main_process and (step % args.save_every == 0 or step == len(plan) or stop):
-            save_weights(folder / "adapters.safetensors", params, dtypes)
+            save_weights(folder / "adapters.safetensors", params, layout)
         if step % args.steps_per_eval == 0 or step == len(plan):
             measure(step, "valid", args.val_batches, callback)
         start += time.perf_counter() - pause
@@ -1009,7 +1091,7 @@ def main():
         if not step:
             sys.exit(f"{folder}: {why}; nothing is trained yet")
         if main_process:
-            save_weights(folder / "adapters.safetensors", params, dtypes)
+            save_weights(folder / "adapters.safetensors", params, layout)
         file, other = f"{folder}/adapters.safetensors", reference or args.model
         words = shlex.join(["--resume-adapter-file", file, "--reference-model", other])
         sys.exit(f"{folder}: {why}; it holds step {step} of {len(plan)}. To train on from there, add: {words}")

@@ -107,7 +107,7 @@ def time_ours(shape, plan, args):
     """Return the seconds and peak GB of a pass, the seconds of its forwards alone, and its batches' padding share."""
     model, batches, make_batch, half = build(shape), [], dpo.make_batch, len(plan) // 2
     args.share = dpo.settle_sharing(model, plan[0][0])
-    params, dtypes = dpo.trainable_parameters(model, args)
+    params, layout = dpo.trainable_parameters(model, args)
 
     def recorded(*given, **named):  # floor and padding are of the very arrays that were trained on
         batches.append(make_batch(*given, **named))
@@ -115,8 +115,8 @@ def time_ours(shape, plan, args):
 
     # what ours replaces in mlx-lm's module must not reach mlx-lm-lora, which uses the same
     with mock.patch.dict(vars(llama)), mock.patch.object(dpo, "make_batch", recorded):
-        dpo.lighten(model, args.grad_checkpoint)
-        for step, params, *_, rates in dpo.train(model, params, dtypes, plan, args):
+        dpo.lighten(model, args)
+        for step, params, *_, rates in dpo.train(model, params, layout, plan, args):
             if step == half:
                 mx.eval(params)  # what is yielded is still being computed
                 mx.reset_peak_memory()
@@ -124,7 +124,7 @@ def time_ours(shape, plan, args):
         mx.eval(params)
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory() / 1e9
     assert math.isfinite(rates["grad_norm"].item()), "the loss is not finite"
-    forward = mx.compile(lambda params, batch: dpo.completion_logps(dpo.install(model, params, dtypes, True), batch))
+    forward = mx.compile(lambda params, batch: dpo.completion_logps(dpo.install(model, dpo.unpack(params, layout), True), batch))
     for _ in range(2):  # the first pass compiles
         start, logps = time.perf_counter(), None
         for batch in batches[half:]:

@@ -2,6 +2,7 @@
 Time a training step of TRL's DPOTrainer (PyTorch, PEFT) on the lengths, batches and model shapes of bench_step.py.
 
     python tests/bench_trl.py --shape 1B --lengths 900/150,180/300                    needs pip install trl peft
+    python tests/bench_trl.py --order random                                          batches as TRL makes them itself
 
 A pass over all pairs to warm up, then timed ones: milliseconds a step (median of the passes, the least, the most),
 pairs a second, peak GB (NVIDIA GPU only; weights included). LoRA as in bench_step.py, no checkpointing. TRL scores the
@@ -79,7 +80,7 @@ def measure(options, medians, steps, precompute):
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), tempfile.TemporaryDirectory() as folder:
         settings = dict(output_dir=folder, report_to=[], save_strategy="no", logging_steps=10**6, learning_rate=1e-5)
         settings |= dict(per_device_train_batch_size=options.batch_size, max_steps=steps * (1 + options.rounds))
-        settings |= dict(train_sampling_strategy="sequential", max_length=None, gradient_checkpointing=False)
+        settings |= dict(train_sampling_strategy=options.order, max_length=None, gradient_checkpointing=False)
         settings = DPOConfig(**settings, precompute_ref_log_probs=precompute, bf16=dtype == torch.bfloat16)
         lora = LoraConfig(r=8, lora_alpha=160, target_modules="all-linear", task_type="CAUSAL_LM")
         named = dict(args=settings, train_dataset=pairs, processing_class=tokenizer, peft_config=lora)
@@ -93,6 +94,7 @@ def main():
     parser.add_argument("--lengths", default="900/150,180/300", help="median tokens PROMPT/ANSWER, commas between")
     for name, default in (("pairs", 16), ("batch-size", 4), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser.add_argument("--order", choices=["sequential", "random"], default="sequential", help="random: TRL's default")
     options = parser.parse_args()
     steps = math.ceil(options.pairs / options.batch_size)
     transformers.logging.set_verbosity_error()
