@@ -192,6 +192,7 @@ def settle_adapter(args):
     full, lora = args.fine_tune_type == "full", {name: getattr(args, name) for name in ("rank", "scale", "dropout")}
     args.lora_parameters = None if full else {**lora, **({"keys": args.keys} if args.keys else {})}
     args.learning_rate = args.learning_rate if args.learning_rate is not None else 1e-6 if full else 1e-5
+    args.share = 0.9  # for make_batch, until settle_sharing has tried the model
     return args
 
 
