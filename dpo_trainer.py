@@ -406,7 +406,7 @@ class PrefixCache:
         seen = (behind >= 0) & (behind < (window_size or 2**30))
         if self.lengths is None:
             return seen
-        lowest = mx.array(mx.finfo(self.keys.dtype).min, self.keys.dtype)  # CUDA's attention is slow with a boolean mask
+        lowest = mx.array(mx.finfo(self.keys.dtype).min, self.keys.dtype)  # CUDA's attention is slow with booleans
         return mx.where(seen, mx.zeros_like(lowest), lowest)
 
 
@@ -506,9 +506,10 @@ def head_logits(model, states, batch):
     if body is None:
         return states
     kind, body.__class__ = type(body), type("Given", (type(body),), {"__call__": lambda *_, **__: states})
-    logits = model(batch["rows"])
-    body.__class__ = kind
-    return logits
+    try:
+        return model(batch["rows"])
+    finally:
+        body.__class__ = kind
 
 
 def in_chunks(score, model, batch, *states):
@@ -762,8 +763,14 @@ def install(model, weights, training=False):
 
 
 def sorted_batches(pairs, size):
-    """Return lists of size pairs of like length; the last may be shorter."""
-    pairs = sorted(pairs, key=lambda pair: len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"])))
+    """Return lists of size pairs with prompts of like length, and answers, too; the last list may be shorter.
+
+    Sorted by prompt, and then by answer within every sqrt(number of batches) batches: little of both is padding.
+    """
+    pairs = sorted(pairs, key=lambda pair: len(pair["prompt"]))
+    part = size * max(1, round(math.sqrt(len(pairs) / size)))
+    answer = lambda pair: max(len(pair["chosen"]), len(pair["rejected"]))
+    pairs = [pair for i in range(0, len(pairs), part) for pair in sorted(pairs[i : i + part], key=answer)]
     return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
 
@@ -825,7 +832,8 @@ def add_reference(model, pairs, args):
     under a hash of the pair's token ids: a second run, a killed one and one with more data compute only what is new.
     """
     texts = [json.dumps([pair[part] for part in ("prompt", "chosen", "rejected")]) for pair in pairs]
-    keys, known, file, world = [hashlib.sha256(t.encode()).hexdigest()[:32] for t in texts], {}, None, mx.distributed.init()
+    keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
+    known, file, world = {}, None, mx.distributed.init()
     if args.reference_cache and not world.rank():
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dpo-reference")
         try:
@@ -835,8 +843,8 @@ def add_reference(model, pairs, args):
         except OSError as error:
             print(f"The reference is not kept for the next run: {error}")
         for line in file or []:
-            with suppress(ValueError):  # a kill may have cut a line
-                known |= json.loads(line)
+            with suppress(ValueError, TypeError, AttributeError):  # a kill may have cut a line
+                known |= {key: np.float32(row).reshape(2) for key, row in json.loads(line).items()}
     nothing = (math.nan, math.nan) if not world.rank() else (0, 0)
     for pair, key, row in zip(pairs, keys, sum_all([known.get(key, nothing) for key in keys])):
         pair["key"], pair["ref_logps"] = key, row
@@ -855,7 +863,7 @@ def add_reference(model, pairs, args):
 
 
 def mean_metrics(found):
-    """Return the mean of each metric over all pairs of all processes, from (dict of arrays, number of pairs) a batch."""
+    """Return the mean of each metric over all processes' pairs, from (dict of arrays, number of pairs) a batch."""
     sums = [sum(np.array(metrics[name][:count]).sum() for metrics, count in found) for name in found[0][0]]
     *sums, count = sum_all([*sums, sum(count for _, count in found)])
     return {name: float(value / count) for name, value in zip(found[0][0], sums)}
@@ -964,6 +972,25 @@ def train(model, params, layout, plan, args):
 # ------------------------------------------------------------------------------------------------------------- main
 
 
+def load_model(name, adapter, tokenizer, pairs, args, as_reference):
+    """Return a model, args.share settled for it; as the reference it scores the pairs, too."""
+    fitting = f"it cannot be loaded for {args.model}: see --model and --adapter-path"
+    with blame(adapter or name, fitting if name == args.model else "give a folder or a Hugging Face name"):
+        model, other = mlx_lm.load(name, adapter_path=adapter)
+        need(other.get_vocab() == tokenizer.get_vocab(), "the reference has another tokenizer")
+    args.share = settle_sharing(model, pairs)
+    if as_reference:
+        add_reference(model, pairs, args)
+    return model
+
+
+def self_check(model, pairs, args):
+    """Exit unless the untrained model scores as the reference: every margin 0, the loss log 2, but for rounding."""
+    batch = make_batch(pairs, args.share)
+    if differ(model, completion_logps(model, batch), batch["ref_logps"], batch):
+        sys.exit("self-check: untrained, the policy does not score answers as the reference: --no-reference-cache")
+
+
 def check_folder(folder, args):
     """Exit if the output folder cannot be written, or holds what the run reads, which would be moved aside with it."""
     with blame(folder, "choose another --adapter-path"):
@@ -1006,6 +1033,13 @@ def report(step, split, metrics, args, callback=None):
         tell({"iteration": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
 
 
+def summarize(name, metrics):
+    """Return a sentence on what evaluate found on a split."""
+    likelier = f"{metrics['ref_logps/accuracies']:.2f} -> {metrics['logps/accuracies']:.2f}"
+    gained = f"it gained on the rejected one in {metrics['rewards/accuracies']:.2f} (rewards/accuracies)"
+    return f"{name}: {metrics['pairs']} held-out pairs: chosen answer likelier in {likelier}, {gained}"
+
+
 def main():
     world = mx.distributed.init()
     if world.rank():  # the first process speaks for all
@@ -1020,17 +1054,8 @@ def main():
     splits = {name: encode_pairs(tokenizer, pairs, args.max_seq_length) for name, pairs in splits.items() if pairs}
     every_pair, reference = sum(splits.values(), []), args.reference_model or (not args.train and args.model)
     if reference:  # scored and gone before the policy comes
-        with blame(reference, "give a folder or a Hugging Face name"):
-            model, other = mlx_lm.load(reference)
-            need(other.get_vocab() == tokenizer.get_vocab(), "the reference has another tokenizer")
-        args.share = settle_sharing(model, every_pair)
-        add_reference(model, every_pair, args)
-        del model
-    with blame(args.adapter or args.model, f"it cannot be loaded for {args.model}: see --model and --adapter-path"):
-        model = mlx_lm.load(args.model, adapter_path=args.adapter)[0]
-    args.share = settle_sharing(model, every_pair)
-    if not reference:
-        add_reference(model, every_pair, args)
+        load_model(reference, None, tokenizer, every_pair, args, as_reference=True)
+    model = load_model(args.model, args.adapter, tokenizer, every_pair, args, as_reference=not reference)
     with blame(f"--fine-tune-type {args.fine_tune_type}", f"choose what {args.model} can be trained with"):
         params, layout = trainable_parameters(model, args)
     start_params = None if reference or args.fine_tune_type == "full" else params
@@ -1041,21 +1066,16 @@ def main():
         if name in splits:
             metrics = evaluate(model, params, start_params, layout, splits[name], args, size)
             report(step, name, metrics, args, callback)
-            likelier = f"{metrics['ref_logps/accuracies']:.2f} -> {metrics['logps/accuracies']:.2f}"
-            gained = f"it gained on the rejected one in {metrics['rewards/accuracies']:.2f} (rewards/accuracies)"
-            summary[name] = f"{name}: {metrics['pairs']} held-out pairs: chosen answer likelier in {likelier}, {gained}"
+            summary[name] = summarize(name, metrics)
 
     summary = {}
     if not args.train:
         measure(0, "test", args.test_batches)
         return print(summary["test"])
-    if not reference:  # nothing is trained yet, so every margin is 0 and the loss log 2, but for rounding
-        batch = make_batch(splits["train"][: args.batch_size], args.share)
-        if differ(model, completion_logps(install(model, unpack(params, layout)), batch), batch["ref_logps"], batch):
-            sys.exit("self-check: untrained, the policy does not score answers as the reference: --no-reference-cache")
-
-    callback, main_process = None, world.rank() == 0
-    if main_process:
+    if not reference:
+        self_check(install(model, unpack(params, layout)), splits["train"][: args.batch_size], args)
+    callback, first = None, world.rank() == 0
+    if first:
         start_folder(folder, args)
         callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
     lighten(model, args)
@@ -1075,12 +1095,13 @@ def main():
                 step = bad[0] - 1
                 break
             metrics = mean_metrics(found) | {"grad_norm": sum(norm.item() for norm in norms.values()) / len(norms)}
-            metrics |= {"learning_rate": rates["learning_rate"].item()}
-            metrics |= {"tokens_per_second": tokens / (time.perf_counter() - start)}
-            report(step, "train", metrics | {"peak_memory_gb": mx.get_peak_memory() / 1e9}, args, callback)
+            metrics["learning_rate"] = rates["learning_rate"].item()
+            metrics["tokens_per_second"] = tokens / (time.perf_counter() - start)
+            metrics["peak_memory_gb"] = mx.get_peak_memory() / 1e9
+            report(step, "train", metrics, args, callback)
             found, norms, tokens, start = [], {}, 0, time.perf_counter()
         pause = time.perf_counter()
-        if main_process and (step % args.save_every == 0 or step == len(plan) or stop):
+        if first and (step % args.save_every == 0 or step == len(plan) or stop):
             save_weights(folder / "adapters.safetensors", params, layout)
         if step % args.steps_per_eval == 0 or step == len(plan):
             measure(step, "valid", args.val_batches, callback)
@@ -1089,9 +1110,8 @@ def main():
             break
     if step < len(plan):
         why = "interrupted" if interrupts else f"the loss of step {step + 1} is not finite: lower --learning-rate"
-        if not step:
-            sys.exit(f"{folder}: {why}; nothing is trained yet")
-        if main_process:
+        step or sys.exit(f"{folder}: {why}; nothing is trained yet")
+        if first:
             save_weights(folder / "adapters.safetensors", params, layout)
         file, other = f"{folder}/adapters.safetensors", reference or args.model
         words = shlex.join(["--resume-adapter-file", file, "--reference-model", other])
