@@ -461,6 +461,15 @@ class Checkpointed:
         return out
 
 
+def padded_widths(pairs, share=0.9, multiple=PAD):
+    """Return P and R of make_batch: multiples of a number, P 0 where sharing prompts does not pay."""
+    up = lambda lengths: multiple * math.ceil(max(lengths) / multiple)
+    prompts = [len(pair["prompt"]) - 1 for pair in pairs]
+    answers = [max(len(pair["chosen"]), len(pair["rejected"])) for pair in pairs]
+    shared, plain = (up(prompts), up(answers)), (0, up(map(sum, zip(prompts, answers))))
+    return shared if shared[0] + 2 * shared[1] <= share * 2 * plain[1] else plain
+
+
 def make_batch(pairs, share=0.9, multiple=PAD):
     """Return B pairs as right-padded arrays: prompts (B, P), prompt_lengths (B,), rows (2B, R + 1), mask (2B, R) ...
 
@@ -469,14 +478,10 @@ def make_batch(pairs, share=0.9, multiple=PAD):
     where the target, rows[:, 1:], is a response token. ref_logps (2B,) and weights (B,) are there for the loss.
     share 0: no prompts at all, for a model that is called as a whole, once.
     """
-    count, up = len(pairs), lambda lengths: multiple * math.ceil(max(lengths) / multiple)
-    starts = [len(pair["prompt"]) - 1 for pair in pairs]
-    answers = [max(len(pair["chosen"]), len(pair["rejected"])) for pair in pairs]
-    if up(starts) + 2 * up(answers) > share * 2 * up(map(sum, zip(starts, answers))):
-        starts = [0] * count
+    count, (before, width) = len(pairs), padded_widths(pairs, share, multiple)
+    starts = [len(pair["prompt"]) - 1 if before else 0 for pair in pairs]
     rows = [pair["prompt"][k:] + pair[side] for side in ("chosen", "rejected") for pair, k in zip(pairs, starts)]
-    width = up(len(row) - 1 for row in rows)
-    prompts, ids = np.zeros((count, up(starts)), np.int32), np.zeros((2 * count, width + 1), np.int32)
+    prompts, ids = np.zeros((count, before), np.int32), np.zeros((2 * count, width + 1), np.int32)
     mask = np.zeros((2 * count, width), np.float32)
     for pair, start, prompt in zip(pairs, starts, prompts):
         prompt[:start] = pair["prompt"][:start]
@@ -763,15 +768,20 @@ def install(model, weights, training=False):
 
 
 def sorted_batches(pairs, size):
-    """Return lists of size pairs with prompts of like length, and answers, too; the last list may be shorter.
+    """Return lists of size pairs of like lengths; the last may be shorter.
 
-    Sorted by prompt, and then by answer within every sqrt(number of batches) batches: little of both is padding.
+    Of several orders the one with the fewest padded tokens: by all tokens; by prompt, and by answer within every 1, 2,
+    4 ... batches.
     """
-    pairs = sorted(pairs, key=lambda pair: len(pair["prompt"]))
-    part = size * max(1, round(math.sqrt(len(pairs) / size)))
     answer = lambda pair: max(len(pair["chosen"]), len(pair["rejected"]))
-    pairs = [pair for i in range(0, len(pairs), part) for pair in sorted(pairs[i : i + part], key=answer)]
-    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    by_prompt = sorted(pairs, key=lambda pair: len(pair["prompt"]))
+    orders = [sorted(by_prompt, key=lambda pair: len(pair["prompt"]) + answer(pair))]
+    for part in (size * 2**k for k in range(len(pairs).bit_length())):
+        parts = (by_prompt[i : i + part] for i in range(0, len(pairs), part))
+        orders.append([pair for some in parts for pair in sorted(some, key=answer)])
+    cuts = [[order[i : i + size] for i in range(0, len(order), size)] for order in orders]
+    widths = lambda batches: [(len(batch), *padded_widths(batch)) for batch in batches]
+    return min(cuts, key=lambda batches: sum(count * (p + 2 * r) for count, p, r in widths(batches)))
 
 
 def own_part(batch):
@@ -813,14 +823,13 @@ def fingerprint(model):
     return digest.hexdigest()[:32]
 
 
-def padding_share(batches, args):
+def padding_share(batches, share):
     """Return the share of padding in the tokens that these batches make the model compute."""
     real = padded = 0
     for pairs in batches:
-        batch = make_batch(pairs, args.share)
-        prompts = batch["prompts"].size if "prompts" in batch else 0
-        padded += prompts + batch["mask"].size
-        times = 1 if prompts else 2  # so often each prompt is computed
+        prompt, row = padded_widths(pairs, share)
+        padded += len(pairs) * (prompt + 2 * row)
+        times = 1 if prompt else 2  # so often each prompt is computed
         real += sum(times * (len(p["prompt"]) - 1) + len(p["chosen"]) + len(p["rejected"]) for p in pairs)
     return 1 - real / padded
 
@@ -1081,7 +1090,7 @@ def main():
     lighten(model, args)
     plan, interrupts, step = plan_updates(splits["train"], args), [], 0
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
-    print(f"pairs: {counts}; {len(plan)} updates; {padding_share(sum(plan, []), args):.0%} of the tokens are padding")
+    print(f"pairs: {counts}; {len(plan)} updates; {padding_share(sum(plan, []), args.share):.0%} of the tokens are padding")
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
     measure(0, "valid", args.val_batches, callback)
     found, norms, tokens, start = [], {}, 0, time.perf_counter()
