@@ -192,7 +192,7 @@ def settle_adapter(args):
     full, lora = args.fine_tune_type == "full", {name: getattr(args, name) for name in ("rank", "scale", "dropout")}
     args.lora_parameters = None if full else {**lora, **({"keys": args.keys} if args.keys else {})}
     args.learning_rate = args.learning_rate if args.learning_rate is not None else 1e-6 if full else 1e-5
-    args.share = 0.9  # for make_batch, until settle_sharing has tried the model
+    args.share = SHARE  # for make_batch, until settle_sharing has tried the model
     return args
 
 
@@ -372,6 +372,9 @@ PAD = 8 if mx.default_device() == mx.Device(mx.cpu) else 128 if mx.cuda.is_avail
 
 CHUNK = 2**27  # logits at once where memory counts: 0.27 GB in 16 bits
 
+# Prompts are shared where at most this share of the padded tokens is left: a fast GPU waits for the second call.
+SHARE = 0.75 if mx.cuda.is_available() else 0.9
+
 
 class PrefixCache:
     """One layer's keys and values of B prompts: it stores them, then puts them before those of the 2B answers.
@@ -452,6 +455,7 @@ class Checkpointed:
         def layer(params, held, *args, **kwargs):
             self.update(params)
             cache.keys, cache.values = held
+            args = [mx.stop_gradient(x) if getattr(x, "ndim", 0) == 4 else x for x in args]  # a mask has none
             out = super(Checkpointed, self).__call__(*args, **kwargs)
             return out, [x for x in (cache.keys, cache.values) if x is not None]
 
@@ -461,7 +465,7 @@ class Checkpointed:
         return out
 
 
-def padded_widths(pairs, share=0.9, multiple=PAD):
+def padded_widths(pairs, share=SHARE, multiple=PAD):
     """Return P and R of make_batch: multiples of a number, P 0 where sharing prompts does not pay."""
     up = lambda lengths: multiple * math.ceil(max(lengths) / multiple)
     prompts = [len(pair["prompt"]) - 1 for pair in pairs]
@@ -470,7 +474,7 @@ def padded_widths(pairs, share=0.9, multiple=PAD):
     return shared if shared[0] + 2 * shared[1] <= share * 2 * plain[1] else plain
 
 
-def make_batch(pairs, share=0.9, multiple=PAD):
+def make_batch(pairs, share=SHARE, multiple=PAD):
     """Return B pairs as right-padded arrays: prompts (B, P), prompt_lengths (B,), rows (2B, R + 1), mask (2B, R) ...
 
     Prompts are computed once for both answers where that leaves at most this share of the padded tokens: prompts then
@@ -804,12 +808,12 @@ def differ(model, logps, others, batch):
 
 
 def settle_sharing(model, pairs):
-    """Return make_batch's share: 0.9, or 0 with a printed line where the model does not score shared prompts right."""
+    """Return make_batch's share: SHARE, or 0, with a line that says so, if the model scores shared prompts wrongly."""
     pairs = sorted(pairs, key=lambda pair: len(pair["prompt"]))
     plain, shared = (make_batch([pairs[0], pairs[-1]], share) for share in (0, math.inf))  # padding, windows
     with suppress(Exception):
         if not differ(model, completion_logps(model, shared), completion_logps(model, plain), plain):
-            return 0.9
+            return SHARE
     print("This model's layers cannot share a prompt between two answers: it is computed for each")
     return 0
 
@@ -1090,7 +1094,7 @@ def main():
     lighten(model, args)
     plan, interrupts, step = plan_updates(splits["train"], args), [], 0
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
-    print(f"pairs: {counts}; {len(plan)} updates; {padding_share(sum(plan, []), args.share):.0%} of the tokens are padding")
+    print(f"pairs: {counts}; {len(plan)} updates; padding: {padding_share(sum(plan, []), args.share):.0%} of the tokens")
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
     measure(0, "valid", args.val_batches, callback)
     found, norms, tokens, start = [], {}, 0, time.perf_counter()

@@ -3,6 +3,7 @@ Measure peak memory and time a step of dpo_trainer.py's training on a random mod
 
     python tests/bench_memory.py                       every row of the README's memory table
     python tests/bench_memory.py --shape 3B --rows base,4-bit
+    python tests/bench_memory.py --rows "answers of 4000 + batch 1 + checkpointing" --vocabulary 151936
 
 Prints a line a row: milliseconds a step, pairs a second, peak GB. Rows differ from "base" in what they name.
 """
@@ -38,6 +39,8 @@ ROWS = {  # name -> (what differs from the first row: options, bits, prompt and 
     "4-bit + batch 1 + checkpointing": ("--batch-size 1 --grad-checkpoint", 4, 700, 300),
     "dora": ("--fine-tune-type dora", None, 700, 300),
     "full": ("--fine-tune-type full", None, 700, 300),
+    "answers of 4000 + batch 1": ("--batch-size 1", None, 300, 4000),
+    "answers of 4000 + batch 1 + checkpointing": ("--batch-size 1 --grad-checkpoint", None, 300, 4000),
 }
 
 
@@ -62,18 +65,17 @@ def measure(shape, row, steps, vocabulary):
         for _ in range(size * steps)
     ]
     model = build(shape, bits, vocabulary)
-    layer_class = type(model.layers[0])
-    plain = layer_class.__call__
-    params, dtypes = dpo.trainable_parameters(model, args)
-    if args.grad_checkpoint:
-        dpo.grad_checkpoint(model.layers[0])
-    times = []
-    for _, params, _ in dpo.train(model, params, dtypes, dpo.plan_updates(pairs, args), args):
-        if not times:
-            mx.reset_peak_memory()  # the first step compiles
-        times.append(time.perf_counter())
-    layer_class.__call__ = plain
-    seconds = (times[-1] - times[0]) / (len(times) - 1)
+    args.share = dpo.settle_sharing(model, pairs)
+    params, layout = dpo.trainable_parameters(model, args)
+    dpo.lighten(model, args)
+    for step, params, _, rates in dpo.train(model, params, layout, dpo.plan_updates(pairs, args), args):
+        if step == 1:
+            mx.eval(params)  # what is yielded is still being computed; the first step compiles
+            mx.reset_peak_memory()
+            start = time.perf_counter()
+    mx.eval(params)
+    seconds = (time.perf_counter() - start) / (step - 1)
+    dpo.need(math.isfinite(rates["grad_norm"].item()), "the loss is not finite")
     gb = mx.get_peak_memory() / 1e9
     return {"row": row, "ms": round(1e3 * seconds), "pairs_per_s": round(size / seconds, 2), "gb": round(gb, 2)}
 
@@ -84,7 +86,9 @@ def main():
     parser.add_argument("--rows", default=",".join(ROWS), help="with commas between them")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=128256)
+    parser.add_argument("--chunk", type=int, default=dpo.CHUNK, help="logits at once (default: as the script)")
     args = parser.parse_args()
+    dpo.CHUNK = args.chunk
     print(f"{mx.device_info()['device_name']}, {args.shape}, mlx {mx.__version__}", flush=True)
     for row in args.rows.split(","):
         try:

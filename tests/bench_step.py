@@ -124,7 +124,8 @@ def time_ours(shape, plan, args):
         mx.eval(params)
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory() / 1e9
     assert math.isfinite(rates["grad_norm"].item()), "the loss is not finite"
-    forward = mx.compile(lambda params, batch: dpo.completion_logps(dpo.install(model, dpo.unpack(params, layout), True), batch))
+    policy = lambda params: dpo.install(model, dpo.unpack(params, layout), True)
+    forward = mx.compile(lambda params, batch: dpo.completion_logps(policy(params), batch))
     for _ in range(2):  # the first pass compiles
         start, logps = time.perf_counter(), None
         for batch in batches[half:]:
