@@ -189,6 +189,8 @@ def settle_adapter(args):
             told = getattr(args, name)
             need(not file or told in (None, says[name]), f"this adapter has {name} {says[name]}, not {told}")
             setattr(args, name, says[name] if told is None else told)
+    with blame("--grad-checkpoint", "leave one of them out"):
+        need(not (args.grad_checkpoint and args.dropout), "what is computed again would have another --dropout")
     full, lora = args.fine_tune_type == "full", {name: getattr(args, name) for name in ("rank", "scale", "dropout")}
     args.lora_parameters = None if full else {**lora, **({"keys": args.keys} if args.keys else {})}
     args.learning_rate = args.learning_rate if args.learning_rate is not None else 1e-6 if full else 1e-5
@@ -1055,12 +1057,12 @@ def summarize(name, metrics):
 
 def main():
     world = mx.distributed.init()
-    if world.rank():  # the first process speaks for all
+    if not (first := world.rank() == 0):  # the first process speaks for all
         sys.stdout, BAR["disable"] = open(os.devnull, "w"), True
     args = parse_args(sys.argv[1:])
     folder, splits = Path(args.adapter_path), load_splits(args)
     questions = [pair["prompt"][0]["content"] for pair in sum(splits.values(), []) if len(pair["prompt"]) == 1]
-    if args.train and not world.rank():
+    if args.train and first:
         check_folder(folder, args)  # now, not after an hour
     with blame(args.model, "give a folder or a Hugging Face name"):
         tokenizer = load_tokenizer(args.model)
@@ -1087,14 +1089,14 @@ def main():
         return print(summary["test"])
     if not reference:
         self_check(install(model, unpack(params, layout)), splits["train"][: args.batch_size], args)
-    callback, first = None, world.rank() == 0
     if first:
         start_folder(folder, args)
-        callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
+    callback = first and get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
     lighten(model, args)
     plan, interrupts, step = plan_updates(splits["train"], args), [], 0
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
-    print(f"pairs: {counts}; {len(plan)} updates; padding: {padding_share(sum(plan, []), args.share):.0%} of the tokens")
+    padding = padding_share(sum(plan, []), args.share)
+    print(f"pairs: {counts}; {len(plan)} updates; {padding:.0%} of the tokens are padding")
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
     measure(0, "valid", args.val_batches, callback)
     found, norms, tokens, start = [], {}, 0, time.perf_counter()
