@@ -189,8 +189,6 @@ def settle_adapter(args):
             told = getattr(args, name)
             need(not file or told in (None, says[name]), f"this adapter has {name} {says[name]}, not {told}")
             setattr(args, name, says[name] if told is None else told)
-    with blame("--grad-checkpoint", "leave one of them out"):
-        need(not (args.grad_checkpoint and args.dropout), "what is computed again would have another --dropout")
     full, lora = args.fine_tune_type == "full", {name: getattr(args, name) for name in ("rank", "scale", "dropout")}
     args.lora_parameters = None if full else {**lora, **({"keys": args.keys} if args.keys else {})}
     args.learning_rate = args.learning_rate if args.learning_rate is not None else 1e-6 if full else 1e-5
@@ -448,14 +446,27 @@ def lean_swiglu_vjp(primals, cotangent, _):
     return cotangent * x * s * (1 + gate * (1 - s)), cotangent * gate * same
 
 
+class KeyedDropout(nn.Dropout):
+    """Dropout by a key that stays the same when the layer is computed again."""
+
+    def __call__(self, x):
+        if self._p_1 == 1 or not self.training:
+            return x
+        return mx.random.bernoulli(self._p_1, x.shape, key=self._key) * x * (1 / self._p_1)
+
+
 class Checkpointed:
     """Mixed into a model's layers, keeps their inputs only, a PrefixCache's among them, and computes the rest twice."""
 
     def __call__(self, *args, **kwargs):
         cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, PrefixCache)), PrefixCache())
+        dropouts = [module for module in self.modules() if isinstance(module, KeyedDropout)]
+        keys = mx.random.randint(0, 2**31 - 1, (len(dropouts), 2)).astype(mx.uint32)
 
         def layer(params, held, *args, **kwargs):
             self.update(params)
+            for dropout, key in zip(dropouts, keys):
+                dropout._key = key
             cache.keys, cache.values = held
             args = [mx.stop_gradient(x) if getattr(x, "ndim", 0) == 4 else x for x in args]  # a mask has none
             out = super(Checkpointed, self).__call__(*args, **kwargs)
@@ -763,6 +774,8 @@ def lighten(model, args):
         home = sys.modules[type(module).__module__]
         if hasattr(home, "swiglu"):
             home.swiglu = lean_swiglu
+        if type(module) is nn.Dropout and args.dropout and args.grad_checkpoint:
+            module.__class__ = KeyedDropout
     for layer in model.layers if args.grad_checkpoint else []:
         layer.__class__ = type(type(layer).__name__, (Checkpointed, type(layer)), {})
 
