@@ -2,14 +2,17 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import activations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -97,6 +100,20 @@ def run_script(*words, script="dpo_trainer.py", cwd=None, env=None):
     return subprocess.run(command, cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
+def restore_swiglu():
+    """Give mlx-lm's model files their own swiglu back: lighten puts another one there, for the whole process."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlx_lm.models.") and hasattr(module, "swiglu"):
+            module.swiglu = activations.swiglu
+
+
+@pytest.fixture(autouse=True)
+def plain_models():
+    """Leave the model files to the next test as mlx-lm wrote them."""
+    yield
+    restore_swiglu()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A tiny random llama on disk."""
@@ -121,3 +138,6 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: about two minutes")
+    cache = tempfile.TemporaryDirectory()  # the reference's scores of all tests, none of them in the user's own folder
+    os.environ["XDG_CACHE_HOME"] = cache.name
+    config.add_cleanup(cache.cleanup)

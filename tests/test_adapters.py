@@ -113,6 +113,7 @@ def test_mlx_lm_sees_what_training_saw(trained, data):
     assert first["loss"] == pytest.approx(LOG_2, abs=5e-3 if name == "bfloat16" else 1e-5)
     assert last["loss"] < first["loss"] - 0.1 and last["rewards/accuracies"] > 0.5
     assert f"gained on the rejected one in {last['rewards/accuracies']:.2f}" in stdout and "mlx_lm.generate" in stdout
+    assert re.search(r"^pairs: train 12, valid 7, test 0; 6 updates; \d+% of the tokens are padding$", stdout, re.M)
     assert abs(gains).max() > 0.5  # else this test would see no difference between adapter and base
 
 
@@ -240,7 +241,8 @@ def test_interrupted_training_keeps_its_adapter(tiny, data, tmp_path):
 def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(tiny, tmp_path):
     """The line said that the folder held step 1, though nothing had been saved since the last --save-every."""
     rows, out = make_rows(9), tmp_path / "out"
-    rows[4] |= {"chosen": "It is far along the river. " * 9, "weight": 9e8}  # the longest: alone in the last batch
+    turns = [{"role": "user", "content": "How far is number 4? " * 9}]  # the longest of both: alone in the last batch
+    rows[4] |= {"messages": turns, "chosen": "It is far along the river. " * 9, "weight": 9e8}
     path = write_rows(tmp_path / "train.jsonl", rows)
     words = ["--batch-size", 1, "--beta", 1e12, "--learning-rate", 1e-3, "--seed", 1, "--label-smoothing", 0.4]
     done = run_script("--model", tiny, "--data", path, "--adapter-path", out, *words, env=QUIET)

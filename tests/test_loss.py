@@ -102,7 +102,10 @@ def test_two_pairs_one_right():
     assert set(metrics) == set(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(np.array(metrics[name], np.float32), values, atol=1e-6, err_msg=name)
-    assert dpo_trainer.mean_metrics([metrics])["rewards/accuracies"] == 0.5
+    assert dpo_trainer.mean_metrics([(metrics, 2)])["rewards/accuracies"] == 0.5
+    means = dpo_trainer.mean_metrics([(metrics, 2), (metrics, 1)])  # of the second batch only its first pair is real
+    assert set(means) == set(expected) and means["rewards/accuracies"] == pytest.approx(2 / 3)
+    assert means["logps/chosen"] == pytest.approx((-8 - 11 - 8) / 3)
 
 
 def test_accuracies_of_rewards_and_of_logps_differ():

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -20,7 +21,7 @@ import mlx_lm.tuner.callbacks
 import pytest
 import yaml
 from conftest import ROOT, make_rows, run_script, save_model, write_rows
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.tuner.utils import build_schedule
 from mlx_lm.utils import load_tokenizer
 
@@ -46,10 +47,10 @@ def place(tmp_path_factory):
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.chdir(folder)
     args = parse_args([*BASE, "--rank", "4", "--keys", "self_attn.q_proj"])
-    params, dtypes = dpo_trainer.trainable_parameters(mlx_lm.load("tiny")[0], args)
+    params, layout = dpo_trainer.trainable_parameters(mlx_lm.load("tiny")[0], args)
     (folder / "adapter").mkdir()
     params = tree_map(lambda w: w + 0.01, params)
-    dpo_trainer.save_weights(folder / "adapter" / "adapters.safetensors", params, dtypes)
+    dpo_trainer.save_weights(folder / "adapter" / "adapters.safetensors", params, layout)
     dpo_trainer.save_config(dict(vars(args)), folder / "adapter" / "adapter_config.json")
     monkeypatch.undo()
     return folder
@@ -124,18 +125,24 @@ def trained(words, folder):
     """Which parameters are trained, and what a training step computes with them."""
     args = parse_args(BASE + words)
     model = mlx_lm.load(args.model, adapter_path=args.adapter)[0]
-    params, dtypes = dpo_trainer.trainable_parameters(model, args)
-    shapes = {name: w.shape for name, w in tree_flatten(params)}
-    model = dpo_trainer.install(model, tree_map(lambda w: w + 0.1, params), dtypes, training=True)
-    return shapes, model(mx.array([[7, 8, 9, 10]]))[0, -1, :5].tolist()
+    params, layout = dpo_trainer.trainable_parameters(model, args)
+    dpo_trainer.lighten(model, args)
+    weights = dpo_trainer.unpack(tree_map(lambda w: w + 0.1, params), layout)
+    model = dpo_trainer.install(model, weights, training=True)
+    return layout, model(mx.array([[7, 8, 9, 10]]))[0, -1, :5].tolist()
 
 
 def run(words, folder):
     """Train for four updates in this process; return what was written and called on the way."""
-    saves, checkpoints, reports, told = [], [], [], []
+    saves, checkpoints, reports, told, lighten = [], [], [], [], dpo_trainer.lighten
+
+    def light(model, args):
+        lighten(model, args)
+        checkpoints.extend(layer for layer in model.layers if isinstance(layer, dpo_trainer.Checkpointed))
+
     spies = {
         (dpo_trainer, "save_weights"): lambda path, *weights: saves.append(str(path)),
-        (dpo_trainer, "grad_checkpoint"): checkpoints.append,
+        (dpo_trainer, "lighten"): light,
         (dpo_trainer, "report"): lambda *given: reports.append(given),
         (mlx_lm.tuner.callbacks, "wandb"): types.SimpleNamespace(init=lambda **given: told.append(given["project"])),
         (sys, "argv"): ["dpo_trainer.py", *RUN, *words],
@@ -153,6 +160,15 @@ def run(words, folder):
     for metrics in sum(first.values(), []):  # the clock and the process, no results
         [metrics.pop(name, None) for name in ("tokens_per_second", "peak_memory_gb")]
     return {"steps": steps, "first": first, "saves": saves, "checkpoints": len(checkpoints), "told": told}
+
+
+def kept(words, folder):
+    """Which files a run writes into the user's cache folder, and how many scores."""
+    with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", cache)
+        run(words, folder)
+        files = [path for path in sorted(Path(cache).rglob("*")) if path.is_file()]
+        return {str(path.relative_to(cache)): path.read_text().count("{") for path in files}
 
 
 def ran(*keys):
@@ -178,6 +194,7 @@ SHOWN = {
     "--delta": (["--loss", "dpop"], ["--delta", "2.5"], loss),
     "--length-normalize": ([], ["--length-normalize"], loss),
     "--reference-model": ([], ["--reference-model", "other"], ran("first", "valid")),
+    "--reference-cache": ([], ["--no-reference-cache"], kept),
     "--fine-tune-type": ([], ["--fine-tune-type", "dora"], trained),
     "--num-layers": ([], ["--num-layers", "1"], trained),
     "--rank": ([], ["--rank", "3"], trained),
@@ -219,6 +236,13 @@ def test_an_option_matters(here, option):
     assert with_it != without
 
 
+def test_the_reference_is_kept_in_the_cache_folder(here):
+    """A file of the model, with a score of each of the 14 pairs to train and to validate on; or none at all."""
+    [(name, scores)] = kept([], here).items()
+    assert re.fullmatch(r"dpo-reference/\w+\.jsonl", name) and scores == 14
+    assert kept(["--no-reference-cache"], here) == {}
+
+
 SCHEDULES = ["cosine", "linear", "constant", "{name: cosine_decay, warmup: 2, arguments: [1e-5, 20]}"]
 
 
@@ -237,7 +261,9 @@ def test_help_lists_every_option_with_its_default(capsys, monkeypatch):
     for option, action in actions_of(monkeypatch).items():
         assert re.search(rf"^  (-c.*, )?{option}\b", shown, re.MULTILINE), option
         default = ADAPTER.get(action.dest) if action.default is None else action.default
-        if default not in (None, -1):
+        if default is True:
+            assert "(default)" in action.help, option
+        elif default not in (None, -1):
             default = default if isinstance(default, str) else f"{default:g}"
             assert f"(default: {default}" in action.help, option
     assert "-1: all (default)" in shown and "(default: 1e-5; full: 1e-6)" in shown
@@ -249,6 +275,7 @@ def test_defaults(here):
     assert (args.epochs, args.iters, args.batch_size, args.grad_accumulation_steps) == (1, None, 4, 1)
     assert (args.optimizer, args.warmup, args.lr_schedule, args.max_seq_length) == ("adamw", 0.1, "cosine", 1024)
     assert (args.beta, args.num_layers, args.learning_rate, args.fine_tune_type) == (0.1, -1, 1e-5, "lora")
+    assert args.reference_cache is True and not args.grad_checkpoint
     assert args.lora_parameters == {"rank": 8, "scale": 20.0, "dropout": 0.0}
     full = parse_args([*BASE, "--fine-tune-type", "full"])
     assert full.learning_rate == 1e-6 and full.lora_parameters is None
@@ -294,9 +321,11 @@ def with_config(text, *words, base=BASE):
 
 def another(value):
     """Return a value that differs from it and that the same option takes."""
-    others = {"wandb": "swanlab", "hinge": "ipo", "dora": "full", "linear": "constant", "sgd": "adam", True: False}
+    others = {"wandb": "swanlab", "hinge": "ipo", "dora": "full", "linear": "constant", "sgd": "adam"}
     if isinstance(value, list):
         return ["self_attn.k_proj"]
+    if isinstance(value, bool):
+        return not value
     return value * 2 if type(value) in (int, float) else others.get(value, f"{value}2")
 
 
@@ -305,7 +334,8 @@ def test_yaml_sets_every_option_and_the_command_line_wins(here, monkeypatch, opt
     (common, words, _), action = SHOWN[option], actions_of(monkeypatch)[option]
     dest, value, one = action.dest, words[1:], words[1] if words[1:] else None
     if action.nargs != "+":
-        value = True if isinstance(action, argparse.BooleanOptionalAction) else action.type(one) if action.type else one
+        switch = isinstance(action, argparse.BooleanOptionalAction)
+        value = not words[0].startswith("--no-") if switch else action.type(one) if action.type else one
     expected, base = namespace(BASE + common + words), [*(BASE[:2] if option == "--data" else BASE), *common]
     assert with_config({dest: value}, base=base) == expected
     assert with_config({dest.replace("_", "-"): value}, base=base) == expected
@@ -318,7 +348,7 @@ def test_yaml_sets_switches_model_data_and_test(here):
     assert with_config({"model": "tiny", "data": "data"}, base=[]) == namespace(BASE)
     assert with_config({"test": True, "train": True}) == namespace([*BASE, "--test", "--train"])
     assert with_config({"test": False}) == with_config("") == with_config("# nothing\n") == namespace(BASE)
-    for switch in ("grad_checkpoint", "length_normalize"):
+    for switch in ("grad_checkpoint", "length_normalize", "reference_cache"):
         assert with_config({switch: True})[switch] is True
         assert not with_config({switch: True}, f"--no-{switch.replace('_', '-')}")[switch]
         assert with_config({switch: False}, f"--{switch.replace('_', '-')}")[switch] is True

@@ -1,11 +1,13 @@
 """Independent versions: every loss in numpy, the summed log-softmax with its end of turn, KL of both distributions."""
 
+import argparse
+
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from conftest import make_rows, save_model, write_rows
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 import dpo_trainer as dpo
 
@@ -47,15 +49,16 @@ def test_a_gradient_raises_the_chosen_and_lowers_the_rejected():
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):
-    """Return (args, model, params, dtypes, encoded pairs with their reference) of a tiny llama with LoRA."""
+    """Return (args, model, params, layout, encoded pairs with their reference, tokenizer): a tiny llama with LoRA."""
     folder = tmp_path_factory.mktemp("oracle")
     path = write_rows(folder / "pairs.jsonl", make_rows(12))
-    args = dpo.parse_args(["--model", str(save_model(folder / "model")), "--data", str(path), "--optimizer", "sgd"])
+    words = ["--data", str(path), "--optimizer", "sgd", "--no-reference-cache"]
+    args = dpo.parse_args(["--model", str(save_model(folder / "model")), *words])
     model, tokenizer = mlx_lm.load(args.model)
     pairs = dpo.encode_pairs(tokenizer, dpo.load_pairs(args, args.data, "train"), 1024)
-    dpo.add_reference(model, pairs, 4)
-    params, dtypes = dpo.trainable_parameters(model, args)
-    return args, model, params, dtypes, pairs, tokenizer
+    dpo.add_reference(model, pairs, args)
+    params, layout = dpo.trainable_parameters(model, args)
+    return args, model, params, layout, pairs, tokenizer
 
 
 def moved(params):
@@ -69,26 +72,30 @@ def row_logits(model, ids):
 
 
 def test_the_end_of_turn_is_scored_and_nothing_before_the_answer(ready):
-    _, model, params, dtypes, pairs, tokenizer = ready
-    dpo.install(model, params, dtypes)
+    _, model, params, layout, pairs, tokenizer = ready
+    dpo.install(model, dpo.unpack(params, layout))
     for pair in pairs[:4]:
         assert tokenizer.eos_token_id in pair["chosen"][-2:]  # <|im_end|>, and the template's newline after it
         ids = pair["prompt"] + pair["chosen"]
         logps = row_logits(model, ids)
         by_hand = sum(logps[i - 1, ids[i]] for i in range(len(pair["prompt"]), len(ids)))
-        assert dpo.completion_logps(model, dpo.make_batch([pair]))[0].item() == pytest.approx(by_hand, rel=1e-5)
+        for share in (0, 0.9, np.inf):
+            logps = dpo.completion_logps(model, dpo.make_batch([pair], share))
+            assert logps[0].item() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_kl_and_perplexity_are_those_of_both_distributions(ready):
-    args, model, params, dtypes, pairs, _ = ready
-    policy = moved(params)
-    found = dpo.evaluate(model, policy, params, dtypes, pairs, args)
+@pytest.mark.parametrize("share, chunk", [(0.9, dpo.CHUNK), (0, dpo.CHUNK), (0.9, 5000)])  # 5000 logits: a token
+def test_kl_and_perplexity_are_those_of_both_distributions(ready, monkeypatch, share, chunk):
+    args, model, params, layout, pairs, _ = ready
+    args, policy = argparse.Namespace(**vars(args) | {"share": share}), moved(params)
+    monkeypatch.setattr(dpo, "CHUNK", chunk)
+    found = dpo.evaluate(model, policy, params, layout, pairs, args)
     kl, nats, tokens = 0.0, 0.0, {"chosen": 0, "rejected": 0}
     for pair in pairs:
         for side in tokens:
             ids, start = pair["prompt"] + pair[side], len(pair["prompt"])
-            p = row_logits(dpo.install(model, policy, dtypes), ids)[start - 1 : -1]
-            q = row_logits(dpo.install(model, params, dtypes), ids)[start - 1 : -1]
+            p = row_logits(dpo.install(model, dpo.unpack(policy, layout)), ids)[start - 1 : -1]
+            q = row_logits(dpo.install(model, dpo.unpack(params, layout)), ids)[start - 1 : -1]
             kl += (np.exp(p) * (p - q)).sum()
             tokens[side] += len(pair[side])
             nats -= sum(p[range(len(pair[side])), pair[side]]) if side == "chosen" else 0
@@ -97,13 +104,17 @@ def test_kl_and_perplexity_are_those_of_both_distributions(ready):
     assert found["perplexity/chosen"] == pytest.approx(np.exp(nats / tokens["chosen"]), rel=1e-4)
 
 
+@pytest.mark.parametrize("share", [0, 0.9])
 @pytest.mark.parametrize("count", [8, 7])
-def test_accumulating_four_times_one_is_one_times_four(ready, count):
+def test_accumulating_four_times_one_is_one_times_four(ready, count, share):
     """With 7 pairs the last window is partial: it divides by its three pairs."""
-    args, model, params, dtypes, pairs, _ = ready
+    args, model, params, layout, pairs, _ = ready
+    args = argparse.Namespace(**vars(args) | {"share": share})
     groups = [pairs[i : min(i + 4, count)] for i in (0, 4)]
     plans = [[[[pair] for pair in group] for group in groups], [[group] for group in groups]]
-    ends = [list(dpo.train(model, params, dtypes, plan, args))[-1][1] for plan in plans]
-    for (name, a), (_, b), (_, start) in zip(*map(tree_flatten, (*ends, params))):
-        assert mx.allclose(a, b, rtol=1e-4, atol=1e-7).item(), name
-    assert any(mx.abs(a - b).max().item() > 1e-6 for (_, a), (_, b) in zip(tree_flatten(ends[0]), tree_flatten(params)))
+    ends = [list(dpo.train(model, params, layout, plan, args))[-1][1] for plan in plans]
+    one, other, start = (dpo.unpack(given, layout) for given in (*ends, params))
+    assert len(start) == len(layout) > 20
+    for name in start:
+        assert mx.allclose(one[name], other[name], rtol=1e-4, atol=1e-7).item(), name
+    assert any(mx.abs(one[name] - start[name]).max().item() > 1e-6 for name in start)

@@ -8,7 +8,7 @@ import mlx.optimizers as optim
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import save_model
+from conftest import FAMILIES, restore_swiglu, save_model
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from test_logps import log_softmax
 from test_logps import random_pairs as pairs_of
@@ -29,15 +29,23 @@ def random_pairs(count, seed=0):
 
 
 def set_up(folder, *words, count=6, noise=0.0):
-    """Return (args, model, params, dtypes, pairs) as main has them when training starts, with noise on the params."""
-    args = options("--model", folder, "--warmup", 0, *words)
+    """Return (args, model, params, layout, pairs) as main has them when training starts, with noise on the params."""
+    args = options("--model", folder, "--warmup", 0, "--no-reference-cache", *words)
     model, pairs = mlx_lm.load(args.model, adapter_path=args.adapter)[0], random_pairs(count)
-    dpo_trainer.add_reference(model, pairs, args.batch_size)
-    params, dtypes = dpo_trainer.trainable_parameters(model, args)
+    args.share = dpo_trainer.settle_sharing(model, pairs)
+    assert args.share == dpo_trainer.SHARE
+    dpo_trainer.add_reference(model, pairs, args)
+    params, layout = dpo_trainer.trainable_parameters(model, args)
+    dpo_trainer.lighten(model, args)
     if noise:
         mx.random.seed(7)
         params = tree_map(lambda w: w + noise * mx.random.normal(w.shape), params)
-    return args, model, params, dtypes, pairs
+    return args, model, params, layout, pairs
+
+
+def named(params, layout):
+    """Return the parameters by name as they are, in float32."""
+    return dpo_trainer.unpack(params, [(name, shape, mx.float32) for name, shape, _ in layout])
 
 
 def snapshot(tree):
@@ -51,11 +59,21 @@ def distance(one, two):
     return max(np.abs(one[name] - two[name]).max() for name in one)
 
 
-def run(model, params, dtypes, plan, args):
-    """Return all that train yields, the parameters as numpy arrays."""
+def run(model, params, layout, plan, args):
+    """Return (step, parameters by name, metrics of all its pairs and rates) of each update, as numpy arrays.
+
+    They are looked at after the last one, as main may do: nothing that is yielded changes later.
+    """
     mx.random.seed(3)  # of dropout
-    updates = dpo_trainer.train(model, params, dtypes, plan, args)
-    return [(step, snapshot(new), metrics) for step, new, metrics in updates]
+    updates, results = list(dpo_trainer.train(model, params, layout, plan, args)), []
+    for (step, new, found, rates), group in zip(updates, plan, strict=True):
+        assert [count for _, count in found] == [len(batch) for batch in group]
+        metrics = {name: np.concatenate([np.array(part[name]) for part, _ in found]) for name in found[0][0]}
+        assert {len(values) for values in metrics.values()} == {len(sum(group, []))}
+        assert set(rates) == {"grad_norm", "learning_rate"}
+        metrics |= {name: rate.item() for name, rate in rates.items()}
+        results.append((step, snapshot(named(new, layout)), metrics))
+    return results
 
 
 def visits(plan):
@@ -79,11 +97,47 @@ def test_one_epoch_visits_every_pair_once(count, size, accumulation):
     assert len(plan) == math.ceil(batches / accumulation)  # the last, partial window is there
     assert [len(group) for group in plan[:-1]] == [accumulation] * (len(plan) - 1)
     assert len(plan[-1]) == batches - accumulation * (len(plan) - 1)
-    flat = sum(plan, [])  # each of like lengths
-    spans = sorted([len(p["prompt"]) + max(len(p["chosen"]), len(p["rejected"])) for p in batch] for batch in flat)
-    spans.sort(key=min)
-    assert all(max(one) <= min(two) for one, two in zip(spans, spans[1:]))
+    flat = sum(plan, [])
     assert sorted(map(len, flat)) == sorted([size] * (count // size) + [count % size] * (count % size > 0))
+
+
+def longer_answer(pair):
+    return max(len(pair["chosen"]), len(pair["rejected"]))
+
+
+def computed_tokens(pairs, size):
+    """Return how many tokens the model computes, padding included, with the pairs cut into batches as they stand."""
+    arrays = [dpo_trainer.make_batch(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+    return sum(batch["mask"].size + batch["prompts"].size for batch in arrays)
+
+
+@pytest.mark.parametrize("count, size", [(1, 4), (7, 1), (8, 4), (10, 3), (31, 4), (100, 4)])
+@pytest.mark.parametrize("prompt, answer", [(30, 13), (300, 40), (40, 300), (300, 300)])
+def test_batches_have_pairs_of_like_lengths(count, size, prompt, answer):
+    """No plain order has less padding; where only prompts differ, batches are sorted by these."""
+    rng = np.random.default_rng(0)
+    lengths = [(rng.integers(1, prompt), *rng.integers(2, answer, 2)) for _ in range(count)]
+    pairs = [pair | {"number": i} for i, pair in enumerate(pairs_of(lengths))]
+    batches = dpo_trainer.sorted_batches(pairs, size)
+    assert sorted(visits([batches])) == list(range(count))
+    assert [len(batch) for batch in batches] == [size] * (count // size) + [count % size] * (count % size > 0)
+    whole = lambda pair: len(pair["prompt"]) + longer_answer(pair)
+    for key in (lambda pair: 0, lambda pair: len(pair["prompt"]), longer_answer, whole):
+        assert computed_tokens(sum(batches, []), size) <= computed_tokens(sorted(pairs, key=key), size)
+    if count > 8 and size > 1 and min(prompt, answer) > 2 * dpo_trainer.PAD:
+        assert computed_tokens(sum(batches, []), size) < computed_tokens(pairs, size)
+    alike = dpo_trainer.sorted_batches(pairs_of([(n, 5, 9) for n, *_ in lengths]), size)
+    assert (found := [len(pair["prompt"]) for pair in sum(alike, [])]) == sorted(found)
+
+
+def test_padding_by_hand():
+    """At 8s: of 16 + 2 * 8 tokens 13 are the prompt's and 4 + 2 the answers'; of 2 * 8 in whole rows 2 * 2, 4 + 2."""
+    pad, share = dpo_trainer.PAD, dpo_trainer.padding_share
+    long, short = ({"prompt": [7] * n, "chosen": [7] * 4, "rejected": [7] * 2, "weight": 1.0} for n in (2 * pad - 2, 3))
+    assert share([[long]], 0.9) == pytest.approx(1 - (2 * pad - 3 + 6) / (4 * pad))
+    assert share([[short]], 0.9) == pytest.approx(1 - 10 / (2 * pad))
+    assert share([[long], [short]], 0.9) == pytest.approx(1 - (2 * pad - 3 + 16) / (6 * pad))
+    assert share([[long]], 0) == pytest.approx(1 - (2 * (2 * pad - 3) + 6) / (6 * pad))  # 3 * 8 a row
 
 
 def test_epochs_have_their_own_orders_that_repeat_by_seed():
@@ -109,37 +163,63 @@ def test_iters_cut_and_extend():
     assert visits(plan("--iters", 3)) == visits(plan()) and len(plan("--iters", 100)) == 100
 
 
-def plain_training(model, params, dtypes, plan, args, optimizer):
-    """Return parameters and gradient norms after each update, uncompiled, a pair at a time, clipped by hand."""
+def plain_training(folder, start, plan, args, optimizer):
+    """Return parameters and gradient norms after each update: mlx-lm's model, a row at a time, clipped by hand."""
+    restore_swiglu()
+    model = mlx_lm.load(str(folder))[0]
+    dpo_trainer.trainable_parameters(model, args)
+
+    def logp(pair, side):
+        logits = model(mx.array([pair["prompt"] + pair[side]]))[0, len(pair["prompt"]) - 1 : -1]
+        rows = mx.arange(len(logits))
+        return (logits - mx.logsumexp(logits, axis=-1, keepdims=True))[rows, mx.array(pair[side])].sum()
 
     def loss(params, pair):
-        logps = dpo_trainer.completion_logps(dpo_trainer.install(model, params, dtypes), dpo_trainer.make_batch([pair]))
-        won, lost = logps - mx.array(pair["ref_logps"])
+        model.update(tree_unflatten(list(params.items())))
+        won, lost = (logp(pair, side) - ref for side, ref in zip(("chosen", "rejected"), pair["ref_logps"].tolist()))
         return -mx.log(mx.sigmoid(args.beta * (won - lost)))
 
-    results = []
+    results, params = [], start
     for group in plan:
         pairs = sum(group, [])
         gradients = [mx.grad(loss)(params, pair) for pair in pairs]
         mean = tree_map(lambda *g: sum(g) / len(pairs), *gradients)
-        norm = math.sqrt(sum((g**2).sum().item() for _, g in tree_flatten(mean)))
+        norm = math.sqrt(sum((g**2).sum().item() for g in mean.values()))
         params = optimizer.apply_gradients(tree_map(lambda g: g * min(1, 1 / norm), mean), params)
         results.append((snapshot(params), norm))
     return results
 
 
+KINDS = {  # options, and what is extra about the model
+    "checkpointed": (["--grad-checkpoint"], {}),
+    "4-bit": ([], dict(bits=4)),
+    "dora": (["--fine-tune-type", "dora"], {}),
+    "full": (["--fine-tune-type", "full"], {}),
+    "full, checkpointed": (["--fine-tune-type", "full", "--grad-checkpoint"], {}),
+    **{family: ([], dict(family=family)) for family in FAMILIES},
+    "mixtral, checkpointed": (["--grad-checkpoint"], dict(family="mixtral")),
+    "gemma3, checkpointed": (["--grad-checkpoint"], dict(family="gemma3_text")),  # every other layer has a window
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name, rate", [("sgd", 0.02), ("adamw", 0.002)])
-def test_updates_equal_plain_ones(tiny, name, rate):
-    """The compiled step carries its optimizer's state along."""
+def test_updates_equal_plain_ones(tmp_path, name, rate, kind):
+    """The compiled step carries its optimizer's state along; what makes it faster changes no number."""
     optimizer = optim.SGD(rate) if name == "sgd" else optim.AdamW(rate, bias_correction=True)
-    words = ["--optimizer", name, "--learning-rate", rate, "--lr-schedule", "constant", "--batch-size", 2]
-    args, model, params, dtypes, pairs = set_up(tiny, *words, "--grad-accumulation-steps", 2, count=7, noise=0.02)
-    plan = dpo_trainer.plan_updates(pairs, args)
-    steps = run(model, params, dtypes, plan, args)
-    plain = plain_training(model, params, dtypes, plan, args, optimizer)
+    words = ["--optimizer", name, "--learning-rate", rate, "--lr-schedule", "constant", *KINDS[kind][0]]
+    folder = save_model(tmp_path, **KINDS[kind][1])
+    args, model, params, layout, pairs = set_up(folder, *words, count=7, noise=0.02)
+    pairs[:2] = [pair | {"prompt": pair["prompt"][:1]} for pair in pairs[:2]]  # nothing stands apart
+    args.share, plan = math.inf, [[pairs[:2], pairs[2:4]], [pairs[4:6], pairs[6:]]]  # the other prompts do
+    steps = run(model, params, layout, plan, args)
+    plain = plain_training(folder, named(params, layout), plan, args, optimizer)
     for (_, new, metrics), (expected, norm) in zip(steps, plain, strict=True):
-        assert metrics["grad_norm"][0] == pytest.approx(norm, rel=1e-3) and norm > 1
-        assert distance(new, expected) < 1e-4 * rate / 0.002
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-3) and norm > 1
+        assert set(new) == set(expected)
+        gaps = np.sort(np.concatenate([np.abs(new[name] - expected[name]).flatten() for name in new]))
+        assert gaps[int(0.99 * len(gaps))] < 5e-6 and gaps[-1] < rate / 2
+        assert name != "sgd" or gaps[-1] < 1e-6  # Adam takes whole steps even where a gradient is rounding alone
 
 
 SETUPS = {
@@ -159,20 +239,23 @@ SETUPS = {
 @pytest.mark.parametrize("name", SETUPS)
 def test_step_0_is_log_2(name, tmp_path):
     extra, words, tolerance = SETUPS[name]
-    args, model, params, dtypes, pairs = set_up(save_model(tmp_path, **extra), *words)
+    args, model, params, layout, pairs = set_up(save_model(tmp_path, **extra), *words)
     assert all(w.dtype == mx.float32 for _, w in tree_flatten(params))  # the masters; cast, or all activations were too
-    dpo_trainer.install(model, params, dtypes)
-    logits, dtype = dpo_trainer.response_logits(model, dpo_trainer.make_batch(pairs)), extra.get("dtype", mx.float32)
+    dpo_trainer.install(model, dpo_trainer.unpack(params, layout))
+    dtype = extra.get("dtype", mx.float32)
+    for share in (0, 1e-9, math.inf):
+        batch = dpo_trainer.make_batch(pairs, share)
+        assert dpo_trainer.head_logits(model, dpo_trainer.response_states(model, batch), batch).dtype == dtype
     compute = mx.float32 if args.fine_tune_type == "dora" else dtype
-    assert {w.dtype for _, w in tree_flatten(model.trainable_parameters())} == {compute} and logits.dtype == dtype
+    assert {w.dtype for _, w in tree_flatten(model.trainable_parameters())} == {compute}
     initial = params if args.fine_tune_type != "full" else None
-    measured = dpo_trainer.evaluate(model, params, initial, dtypes, pairs, args)
+    measured = dpo_trainer.evaluate(model, params, initial, layout, pairs, args)
     assert measured["loss"] == pytest.approx(LOG_2, abs=tolerance)
     assert measured["rewards/margins"] == pytest.approx(0, abs=tolerance)
     assert measured["perplexity/chosen"] == pytest.approx(measured["perplexity/ref_chosen"], rel=tolerance)
     assert (measured["kl"] == 0) if initial else ("kl" not in measured)
-    [(step, _, metrics)] = run(model, params, dtypes, [[pairs[:4], pairs[4:]]], args)
-    assert step == 1 and metrics["grad_norm"][0] > 0
+    [(step, _, metrics)] = run(model, params, layout, [[pairs[:4], pairs[4:]]], args)
+    assert step == 1 and metrics["grad_norm"] > 0
     np.testing.assert_allclose(metrics["loss"], [LOG_2] * 6, atol=tolerance)
     np.testing.assert_allclose(metrics["rewards/margins"], [0] * 6, atol=tolerance)
 
@@ -222,9 +305,41 @@ def test_every_optimizer_follows_the_rate(name):
 @pytest.mark.parametrize("name", dpo_trainer.OPTIMIZERS)
 def test_every_optimizer_trains_matrices_and_vectors(tiny, name):
     words = ("--optimizer", name, "--fine-tune-type", "full", "--num-layers", 1)
-    args, model, params, dtypes, pairs = set_up(tiny, *words, count=2)
-    steps = run(model, params, dtypes, [[pairs]] * 2, args)
-    assert len(steps) == 2 and 0 < distance(steps[1][1], params) < 0.2
+    args, model, params, layout, pairs = set_up(tiny, *words, count=2)
+    steps = run(model, params, layout, [[pairs]] * 2, args)
+    assert len(steps) == 2 and 0 < distance(steps[1][1], named(params, layout)) < 0.2
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("name", dpo_trainer.OPTIMIZERS)
+def test_small_parameters_are_one_vector_where_the_optimizer_sees_no_shapes(tmp_path, name, kind):
+    """Adafactor and Muon go by the matrix; a full model's are large, and stay apart."""
+    args = options("--fine-tune-type", kind, "--optimizer", name)
+    model = mlx_lm.load(str(save_model(tmp_path, dtype=mx.bfloat16)))[0]
+    params, layout = dpo_trainer.trainable_parameters(model, args)
+    before = dict(tree_flatten(model.trainable_parameters()))
+    assert [(name, shape) for name, shape, _ in layout] == [(name, w.shape) for name, w in before.items()]
+    assert {dtype for *_, dtype in layout} == {mx.float32 if kind == "dora" else mx.bfloat16}
+    together = kind != "full" and name in ("adamw", "adam", "sgd")
+    sizes = {"vector": sum(w.size for w in before.values())} if together else {n: w.size for n, w in before.items()}
+    assert {name: w.size for name, w in params.items()} == sizes
+    assert {w.dtype for w in params.values()} == {mx.float32}
+    weights = dpo_trainer.unpack(params, layout)
+    assert [(name, w.shape, w.dtype) for name, w in weights.items()] == layout
+    assert distance(weights, {name: w.astype(dtype) for (name, w), (*_, dtype) in zip(before.items(), layout)}) == 0
+    assert distance(named(params, layout), before) == 0  # nothing is rounded on the way
+    assert distance(dpo_trainer.pack(named(params, layout), together), params) == 0
+
+
+def test_muon_trains_a_matrix_as_a_matrix(tiny):
+    """Its steps are orthogonal: a vector of all matrices would be taken for none of them."""
+    words = ("--optimizer", "muon", "--learning-rate", 1e-3, "--lr-schedule", "constant")
+    args, model, params, layout, pairs = set_up(tiny, *words, noise=0.02)
+    [(_, new, _)] = run(model, params, layout, [[pairs]], args)
+    steps = [new[name] - np.array(w) for name, w in params.items()]
+    assert all(step.ndim == 2 for step in steps)
+    spreads = [np.linalg.svd(step, compute_uv=False) for step in steps]
+    assert all(spread[len(spread) // 2] > 0.3 * spread[0] > 0 for spread in spreads)
 
 
 def response_distributions(model, pair, side):
@@ -265,27 +380,30 @@ def measure_by_hand(policy, base, pairs, args):
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_evaluate_by_hand(tiny, kind):
     """Nine pairs in batches of four: the odd one weighs as much as any other."""
-    args, model, params, dtypes, pairs = set_up(tiny, "--fine-tune-type", kind, count=9)
+    args, model, params, layout, pairs = set_up(tiny, "--fine-tune-type", kind, count=9)
     moved = tree_map(lambda w: w + 0.01 * mx.random.normal(w.shape, key=mx.random.key(w.size)), params)
-    measured = dpo_trainer.evaluate(model, moved, params, dtypes, pairs, args)
-    dpo_trainer.install(model, moved, dtypes)
-    expected = measure_by_hand(model, mlx_lm.load(str(tiny))[0], pairs, args)
+    measured = dpo_trainer.evaluate(model, moved, params, layout, pairs, args)
+    restore_swiglu()
+    base, policy = (mlx_lm.load(str(tiny))[0] for _ in range(2))
+    dpo_trainer.trainable_parameters(policy, args)  # mlx-lm's own layers, not lightened
+    policy.update(tree_unflatten(list(named(moved, layout).items())))
+    expected = measure_by_hand(policy, base, pairs, args)
     assert set(measured) == set(expected) and expected["kl"] > 1e-3
     for name, value in expected.items():
         assert measured[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
 def test_a_sample_is_seeded(tiny):
-    args, model, params, dtypes, pairs = set_up(tiny, "--batch-size", 2, count=20, noise=0.02)
+    args, model, params, layout, pairs = set_up(tiny, "--batch-size", 2, count=20, noise=0.02)
 
     def measure(size, seed=0):
         args.seed = seed
-        return dpo_trainer.evaluate(model, params, None, dtypes, pairs, args, size)
+        return dpo_trainer.evaluate(model, params, None, layout, pairs, args, size)
 
     sample, whole = measure(2), measure(-1)
     assert sample == measure(2) and sample["loss"] != measure(2, seed=1)["loss"] and sample["loss"] != whole["loss"]
     assert measure(10) == whole == measure(1000)
-    ones = [dpo_trainer.evaluate(model, params, None, dtypes, [pair], args) for pair in pairs]
+    ones = [dpo_trainer.evaluate(model, params, None, layout, [pair], args) for pair in pairs]
     drawn = random.Random(0).sample(ones, 4)  # 2 batches of 2
     assert sample["loss"] == pytest.approx(np.mean([one["loss"] for one in drawn]), rel=1e-5)
     assert sample["ref_logps/accuracies"] == np.mean([one["ref_logps/accuracies"] for one in drawn])
@@ -293,16 +411,17 @@ def test_a_sample_is_seeded(tiny):
 
 WORDS = [[], ["--num-layers", 1], ["--keys", "self_attn.q_proj"], ["--fine-tune-type", "dora"]]
 WORDS += [["--fine-tune-type", "full", "--learning-rate", 1e-3, *layers] for layers in ([], ["--num-layers", 1])]
+WORDS += [[*words, "--grad-checkpoint"] for words in (WORDS[0], WORDS[1], WORDS[-1])]
 
 
 @pytest.mark.parametrize("words", WORDS, ids=str)
 def test_what_is_trained_learns_and_the_rest_stays(tiny, words):
-    args, model, params, dtypes, pairs = set_up(tiny, "--learning-rate", 3e-3, *words, count=4)
+    args, model, params, layout, pairs = set_up(tiny, "--learning-rate", 3e-3, *words, count=4)
     before = snapshot(model.parameters())
-    steps = run(model, params, dtypes, [[pairs]] * 6, args)
+    steps = run(model, params, layout, [[pairs]] * 6, args)
     losses, full = [metrics["loss"].mean() for _, _, metrics in steps], "full" in words
     assert losses[0] == pytest.approx(LOG_2, abs=1e-5) and losses[-1] < (0.8 if full else 0.5) * losses[0]
-    dpo_trainer.install(model, tree_unflatten([(name, mx.array(w)) for name, w in steps[-1][1].items()]), dtypes)
+    dpo_trainer.install(model, {name: mx.array(w) for name, w in steps[-1][1].items()})
     after, trained = snapshot(model.parameters()), set(steps[-1][1])
     assert trained == {name for name in before if not np.array_equal(before[name], after[name])}
     layers = ("model.layers.1.",) if "--num-layers" in words else ("model.layers.0.", "model.layers.1.")
@@ -317,8 +436,8 @@ def test_what_is_trained_learns_and_the_rest_stays(tiny, words):
 
 def test_the_same_seed_trains_the_same(tiny):
     def train(seed):
-        args, model, params, dtypes, pairs = set_up(tiny, "--seed", seed, "--learning-rate", 1e-3)
-        return run(model, params, dtypes, dpo_trainer.plan_updates(pairs, args), args)[-1][1]
+        args, model, params, layout, pairs = set_up(tiny, "--seed", seed, "--learning-rate", 1e-3)
+        return run(model, params, layout, dpo_trainer.plan_updates(pairs, args), args)[-1][1]
 
     one, two, other = train(0), train(0), train(1)
     assert all(np.array_equal(one[name], two[name]) for name in one) and distance(one, other) > 1e-3
@@ -328,24 +447,53 @@ def test_dropout_is_for_training_only_and_differs_between_updates(tiny):
     """A compiled step that does not carry the random state along drops the same inputs each time."""
     found = {}
     for dropout in (0, 0.5):
-        args, model, params, dtypes, pairs = set_up(tiny, "--dropout", dropout, "--learning-rate", 1e-30, noise=0.03)
-        before = dpo_trainer.evaluate(model, params, None, dtypes, pairs, args)
-        losses = [metrics["loss"].mean() for _, _, metrics in run(model, params, dtypes, [[pairs]] * 3, args)]
-        assert dpo_trainer.evaluate(model, params, None, dtypes, pairs, args) == before
+        args, model, params, layout, pairs = set_up(tiny, "--dropout", dropout, "--learning-rate", 1e-30, noise=0.03)
+        before = dpo_trainer.evaluate(model, params, None, layout, pairs, args)
+        losses = [metrics["loss"].mean() for _, _, metrics in run(model, params, layout, [[pairs]] * 3, args)]
+        assert dpo_trainer.evaluate(model, params, None, layout, pairs, args) == before
         found[dropout] = before["loss"], *losses
     assert found[0] == pytest.approx([found[0.5][0]] * 4, rel=1e-5)
     assert len(set(found[0.5])) == 4 and min(abs(loss - found[0][0]) for loss in found[0.5][1:]) > 1e-4
 
 
-def test_an_absurd_rate_stops_the_training(tiny):
-    args, model, params, dtypes, pairs = set_up(tiny, "--optimizer", "sgd", "--lr-schedule", "constant")
+@pytest.mark.parametrize("words", [[], ["--grad-checkpoint"]], ids=str)
+def test_the_gradient_is_of_the_inputs_that_were_dropped(tiny, words):
+    """Layers that are computed twice dropped other inputs the second time: the gradient was not the loss's at all."""
+    args, model, params, layout, pairs = set_up(tiny, "--dropout", 0.5, *words, noise=0.03)
+    batch = dpo_trainer.make_batch(pairs, args.share)
+
+    def loss(params):
+        mx.random.seed(5)
+        weights = dpo_trainer.unpack(params, layout)
+        logps = dpo_trainer.completion_logps(dpo_trainer.install(model, weights, training=True), batch)
+        return dpo_trainer.pair_metrics(logps, batch, args)["loss"].sum()
+
+    gradient = mx.grad(loss)(params)["vector"]
+    norm = mx.linalg.norm(gradient)
+    ahead, behind = (loss({"vector": params["vector"] + step * gradient / norm}) for step in (1e-4, -1e-4))
+    assert norm.item() > 1 and ((ahead - behind) / 2e-4).item() == pytest.approx(norm.item(), rel=0.01)
+
+
+def good_steps(steps):
+    """Return the updates that were made; the norms of the others, all after them, must be nan, their parameters old."""
+    norms = [metrics["grad_norm"] for *_, metrics in steps]
+    count = next((i for i, norm in enumerate(norms) if not math.isfinite(norm)), len(steps))
+    assert all(math.isnan(norm) for norm in norms[count:])
+    for _, new, _ in steps[count:] if count else []:
+        assert distance(new, steps[count - 1][1]) == 0
+    return steps[:count]
+
+
+def test_an_absurd_rate_makes_no_update_that_is_not_finite(tiny):
+    args, model, params, layout, pairs = set_up(tiny, "--optimizer", "sgd", "--lr-schedule", "constant")
     args.learning_rate = 1e30  # more than parse_args takes
-    steps = run(model, params, dtypes, [[pairs]] * 5, args)
-    assert 0 < len(steps) < 5
-    for _, new, metrics in steps:
+    steps = run(model, params, layout, [[pairs]] * 5, args)
+    assert len(steps) == 5 and 0 < len(good_steps(steps)) < 5
+    for _, new, metrics in good_steps(steps):
         assert all(np.isfinite(w).all() for w in new.values()) and np.isfinite(metrics["loss"]).all()
     params = tree_map(lambda w: mx.full(w.shape, math.inf), params)
-    assert run(model, params, dtypes, [[pairs]], args) == []
+    steps = run(model, params, layout, [[pairs]] * 2, args)
+    assert good_steps(steps) == [] and all(np.isposinf(w).all() for _, new, _ in steps for w in new.values())
 
 
 # the last: a loss of inf whose gradient, beta, is finite; it went on, and reported inf
@@ -354,20 +502,21 @@ BAD = [{"weight": math.inf}, {"weight": math.nan}, {"ref_logps": (math.inf, 0.0)
 
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("bad", BAD, ids=str)
-def test_a_loss_that_is_not_finite_stops_before_its_update(tiny, bad, place):
-    """The bad pair is in the first or in the last batch of the third update."""
-    args, model, params, dtypes, pairs = set_up(tiny, "--learning-rate", 1e-3)
+def test_an_update_whose_loss_is_not_finite_is_not_made_nor_any_after_it(tiny, bad, place):
+    """The bad pair is in the first or in the last batch of the third update; the fourth and fifth would be good."""
+    args, model, params, layout, pairs = set_up(tiny, "--learning-rate", 1e-3)
     group = [[pair] for pair in pairs[:2]]
     group[place] = [group[place][0] | bad]
-    steps = run(model, params, dtypes, [[pairs], [pairs], group, [pairs]], args)
-    assert [step for step, _, _ in steps] == [1, 2]
+    steps = run(model, params, layout, [[pairs], [pairs], group, [pairs], [pairs]], args)
+    assert [step for step, _, _ in steps] == [1, 2, 3, 4, 5]
+    assert [step for step, _, _ in good_steps(steps)] == [1, 2] and distance(steps[0][1], steps[1][1]) > 0
     assert all(np.isfinite(w).all() for w in steps[-1][1].values())
 
 
 def test_a_weight_of_0_takes_its_pair_out(tiny):
     """Its loss and gradient are 0, though the mean is still over all pairs."""
-    args, model, params, dtypes, pairs = set_up(tiny, "--optimizer", "sgd", "--learning-rate", 1e-2, noise=0.02)
+    args, model, params, layout, pairs = set_up(tiny, "--optimizer", "sgd", "--learning-rate", 1e-2, noise=0.02)
     muted = [pairs[0], pairs[1] | {"weight": 0.0}]
-    [(_, _, alone)], [(_, _, both)] = (run(model, params, dtypes, [[batch]], args) for batch in (pairs[:1], muted))
-    assert both["grad_norm"][0] == pytest.approx(alone["grad_norm"][0] / 2, rel=1e-5)
+    [(_, _, alone)], [(_, _, both)] = (run(model, params, layout, [[batch]], args) for batch in (pairs[:1], muted))
+    assert both["grad_norm"] == pytest.approx(alone["grad_norm"] / 2, rel=1e-5)
     assert both["loss"][1] == 0 and both["loss"][0] == pytest.approx(alone["loss"][0], rel=1e-5)
