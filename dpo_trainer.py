@@ -21,6 +21,7 @@ Letters: B pairs, 2B rows (the chosen answers, then the rejected), R response to
 import argparse
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -459,21 +460,23 @@ class Checkpointed:
     """Mixed into a model's layers, keeps their inputs only, a PrefixCache's among them, and computes the rest twice."""
 
     def __call__(self, *args, **kwargs):
-        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, PrefixCache)), PrefixCache())
+        given = dict(zip(inspect.signature(super().__call__).parameters, args)) | kwargs
+        cache = next((x for x in given.values() if isinstance(x, PrefixCache)), PrefixCache())
         dropouts = [module for module in self.modules() if isinstance(module, KeyedDropout)]
         keys = mx.random.randint(0, 2**31 - 1, (len(dropouts), 2)).astype(mx.uint32)
 
-        def layer(params, held, *args, **kwargs):
+        def layer(params, held, given):
             self.update(params)
+            cache.keys, cache.values = held
             for dropout, key in zip(dropouts, keys):
                 dropout._key = key
-            cache.keys, cache.values = held
-            args = [mx.stop_gradient(x) if getattr(x, "ndim", 0) == 4 else x for x in args]  # a mask has none
-            out = super(Checkpointed, self).__call__(*args, **kwargs)
+            if isinstance(given.get("mask"), mx.array):  # CUDA's attention has no gradient of it, and none is wanted
+                given = given | {"mask": mx.stop_gradient(given["mask"])}
+            out = super(Checkpointed, self).__call__(**given)
             return out, [x for x in (cache.keys, cache.values) if x is not None]
 
         held = (cache.keys, cache.values)
-        out, held = mx.checkpoint(layer)(self.trainable_parameters(), held, *args, **kwargs)
+        out, held = mx.checkpoint(layer)(self.trainable_parameters(), held, given)
         cache.keys, cache.values = held or (None, None)
         return out
 
@@ -815,11 +818,14 @@ def sum_all(values):
     return np.array(mx.distributed.all_sum(mx.array(np.float32(values))))
 
 
+def is_exact(model):
+    return all(w.dtype != mx.float16 and w.dtype != mx.bfloat16 for _, w in tree_flatten(model.parameters()))
+
+
 def differ(model, logps, others, batch):
     """Return whether two scorings of a batch's rows differ by more than rounding, which grows as sqrt(tokens)."""
-    exact = all(w.dtype != mx.float16 and w.dtype != mx.bfloat16 for _, w in tree_flatten(model.parameters()))
     gaps = mx.abs(logps - others) / mx.sqrt(batch["mask"].sum(-1))
-    return not gaps.max().item() <= (2e-3 if exact else 0.2)  # nats
+    return not gaps.max().item() <= (2e-3 if is_exact(model) else 0.2)  # nats
 
 
 def settle_sharing(model, pairs):
@@ -835,7 +841,8 @@ def settle_sharing(model, pairs):
 
 def fingerprint(model):
     """Return a hash of the model's configuration and of every bit of its weights."""
-    digest = hashlib.sha256(repr(getattr(model, "args", None)).encode())
+    scales = [(name, getattr(module, "scale", None)) for name, module in model.named_modules()]  # LoRA's is no weight
+    digest = hashlib.sha256(f"{getattr(model, 'args', None)} {sorted(scales, key=str)}".encode())
     for name, w in sorted(tree_flatten(model.parameters())):
         digest.update(f"{name} {w.shape} {w.dtype} ".encode())
         digest.update(memoryview(w.reshape(-1).view(mx.uint8)))
@@ -861,17 +868,18 @@ def add_reference(model, pairs, args):
     """
     texts = [json.dumps([pair[part] for part in ("prompt", "chosen", "rejected")]) for pair in pairs]
     keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
-    known, file, world = {}, None, mx.distributed.init()
+    known, lines, file, world = {}, [], None, mx.distributed.init()
+    stop_keeping = lambda error: print(f"The reference is not kept for the next run: {error}")
     if args.reference_cache and not world.rank():
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dpo-reference")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / f"{fingerprint(model)}.jsonl", "a+", errors="replace")
-            file.seek(0)
+            file = open(folder / f"{fingerprint(model)}.jsonl", "ab", buffering=0)
+            lines = Path(file.name).read_bytes().splitlines()
         except OSError as error:
-            print(f"The reference is not kept for the next run: {error}")
-        for line in file or []:
-            with suppress(ValueError, TypeError, AttributeError):  # a kill may have cut a line
+            file = stop_keeping(error)
+        for line in lines:
+            with suppress(Exception):  # a kill may have cut a line
                 known |= {key: np.float32(row).reshape(2) for key, row in json.loads(line).items()}
     nothing = (math.nan, math.nan) if not world.rank() else (0, 0)
     for pair, key, row in zip(pairs, keys, sum_all([known.get(key, nothing) for key in keys])):
@@ -884,10 +892,11 @@ def add_reference(model, pairs, args):
         values[world.rank() :: world.size()] = np.array(score(make_batch(mine, args.share))).reshape(2, -1).T[:count]
         for pair, row in zip(batch, sum_all(values)):
             pair["ref_logps"] = row
-            if file:
-                file.write(f"\n{json.dumps({pair['key']: row.tolist()})}")
-        if file:
-            file.flush()
+        new = "".join(f"\n{json.dumps({pair['key']: pair['ref_logps'].tolist()})}" for pair in batch)
+        try:
+            file = file and file.write(new.encode()) and file
+        except OSError as error:
+            file = stop_keeping(error)
 
 
 def mean_metrics(found):
@@ -1012,6 +1021,19 @@ def load_model(name, adapter, tokenizer, pairs, args, as_reference):
     return model
 
 
+def gradients_differ(model, params, layout, pairs, args):
+    """Lighten the model; return whether a pair's gradients are others then, as where layers share more than inputs."""
+    middle = sorted(pairs, key=lambda pair: len(pair["prompt"]))[len(pairs) // 2]
+    batch = make_batch([middle], args.share and math.inf)
+    gradients = mx.grad(lambda weights: completion_logps(install(model, weights), batch).sum())
+    before = gradients(unpack(params, layout))
+    mx.eval(before)
+    lighten(model, args)
+    after, square = gradients(unpack(params, layout)), lambda w: (w.astype(mx.float32) ** 2).sum()
+    gap, size = (sum(map(square, ws)) for ws in ([after[name] - w for name, w in before.items()], before.values()))
+    return not mx.sqrt(gap).item() <= (1e-3 if is_exact(model) else 0.3) * mx.sqrt(size).item()
+
+
 def self_check(model, pairs, args):
     """Exit unless the untrained model scores as the reference: every margin 0, the loss log 2, but for rounding."""
     batch = make_batch(pairs, args.share)
@@ -1086,7 +1108,7 @@ def main():
     model = load_model(args.model, args.adapter, tokenizer, every_pair, args, as_reference=not reference)
     with blame(f"--fine-tune-type {args.fine_tune_type}", f"choose what {args.model} can be trained with"):
         params, layout = trainable_parameters(model, args)
-    start_params = None if reference or args.fine_tune_type == "full" else params
+    start_params, summary = None if reference or args.fine_tune_type == "full" else params, {}
     if start_params is None:
         print("kl is left out: it is there for LoRA and DoRA in training, with the model itself as the reference")
 
@@ -1096,7 +1118,6 @@ def main():
             report(step, name, metrics, args, callback)
             summary[name] = summarize(name, metrics)
 
-    summary = {}
     if not args.train:
         measure(0, "test", args.test_batches)
         return print(summary["test"])
@@ -1105,11 +1126,12 @@ def main():
     if first:
         start_folder(folder, args)
     callback = first and get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
-    lighten(model, args)
+    if gradients_differ(model, params, layout, splits["train"], args):
+        sys.exit("self-check: this model has other gradients with lighter layers: leave out --grad-checkpoint")
     plan, interrupts, step = plan_updates(splits["train"], args), [], 0
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
-    padding = padding_share(sum(plan, []), args.share)
-    print(f"pairs: {counts}; {len(plan)} updates; {padding:.0%} of the tokens are padding")
+    padding = f"{padding_share(itertools.chain(*plan), args.share):.0%} of the tokens are padding"
+    print(f"pairs: {counts}; {len(plan)} updates; {padding}")
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
     measure(0, "valid", args.val_batches, callback)
     found, norms, tokens, start = [], {}, 0, time.perf_counter()
@@ -1137,10 +1159,11 @@ def main():
         if stop:
             break
     if step < len(plan):
-        why = "interrupted" if interrupts else f"the loss of step {step + 1} is not finite: lower --learning-rate"
+        why = "interrupted" if stop else f"the loss of step {step + 1} is not finite: lower --learning-rate"
         step or sys.exit(f"{folder}: {why}; nothing is trained yet")
         if first:
             save_weights(folder / "adapters.safetensors", params, layout)
+        sum_all(0)  # the others wait: the launcher ends all when one ends
         file, other = f"{folder}/adapters.safetensors", reference or args.model
         words = shlex.join(["--resume-adapter-file", file, "--reference-model", other])
         sys.exit(f"{folder}: {why}; it holds step {step} of {len(plan)}. To train on from there, add: {words}")

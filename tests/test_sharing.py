@@ -241,9 +241,23 @@ def test_a_shared_prompt_scores_and_trains_as_a_whole_row(family, capsys, quick)
     other = [{**PAIRS[0], "prompt": [7, 7, 7] + PAIRS[0]["prompt"][3:]}]  # attention reaches back to its start
     assert abs(np.array(dpo.completion_logps(model, dpo.make_batch(other, 0)))[0] - expected[0][0]) > 1e-3
     same(score(model, shared), expected)
-    checkpoint(model)
-    same(score(model, shared), expected)
-    same(score(model, whole), expected)
+    if family not in SHARE_MORE:
+        checkpoint(model)
+        same(score(model, shared), expected)
+        same(score(model, whole), expected)
+
+
+SHARE_MORE = ("gemma4_text", "afm7")  # later layers take earlier ones' keys and values past Checkpointed
+
+
+@pytest.mark.parametrize("family", [*SHARE_MORE, "llama sliding", "mixtral"])
+def test_gradients_that_checkpointing_changes_are_found(family, quick):
+    """Before the first update: main then exits, and says to leave --grad-checkpoint out."""
+    model = build(family) if family in SHARING else build(family, NOT_SHARING[family])
+    args = dpo.parse_args(["--model", "none", "--data", "none", "--grad-checkpoint"])
+    args.share = dpo.settle_sharing(model, PAIRS)
+    params, layout = dpo.trainable_parameters(model, args)
+    assert dpo.gradients_differ(model, params, layout, PAIRS, args) == (family in SHARE_MORE)
 
 
 @pytest.mark.parametrize("family", SHARING)
@@ -308,7 +322,8 @@ def test_other_families_are_called_whole(family, capsys, quick):
         np.testing.assert_allclose(np.array(dpo.completion_logps(model, shared)), expected, atol=0.1)
     found = score(model, whole)
     np.testing.assert_allclose(found[0], expected, rtol=1e-5, atol=5e-5)
-    same(score(checkpoint(model), whole), found)
+    if family not in SHARE_MORE:
+        same(score(checkpoint(model), whole), found)
 
 
 def test_deepseek_v3_is_right_either_way(capsys):
@@ -641,7 +656,7 @@ def test_parts_take_less_memory(training, compiled, monkeypatch):
 
     whole, parts = peak(1), peak(16)
     assert whole > (2 if training else 1) * 4 * logits
-    assert parts < 0.5 * whole
+    assert parts < (0.75 if training and compiled else 0.5) * whole  # the compiled order computes more parts ahead
 
 
 # ------------------------------------------------------------------------------------------------- lean layers
