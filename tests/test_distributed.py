@@ -56,7 +56,7 @@ def launched(count, folder, *words, name="run", script=ROOT / "dpo_trainer.py"):
         process.stdin.close()
 
 
-def finish(run, limit=120):
+def finish(run, limit=300):
     """Wait for the end of all processes of a run; return what they printed, and the exit status of each that failed.
 
     mlx.launch ends with SIGTERM, -15, who is still there 0.1 seconds after another one has failed.
@@ -263,7 +263,7 @@ def test_what_only_the_first_process_sees_ends_all(place):
     assert failed(done, "choose another --adapter-path") and "somefile/out: " in done.err, done.err
 
 
-def wait_for(condition, run, limit=120):
+def wait_for(condition, run, limit=300):
     """Wait until a condition holds; fail if the run ends before."""
     end = time.monotonic() + limit
     while not condition():
@@ -287,7 +287,7 @@ def test_control_c_ends_all_and_saves(place):
         wait_for(lambda: trained(place / "stopped") >= 10, run)
         os.killpg(run.process.pid, signal.SIGINT)
         seen = trained(place / "stopped")
-        finish(run, 60)
+        finish(run, 100)
         with pytest.raises(ProcessLookupError):  # nobody is left
             os.killpg(run.process.pid, 0)
     last = trained(place / "stopped")
@@ -306,7 +306,7 @@ def test_control_c_in_the_reference_pass_ends_all(place):
         wait_for(lambda: len(list((folder / "cache" / "dpo-reference").glob("*"))) > 0, run)
         wait_for(lambda: len(records(folder / "cache")) > 20, run)
         os.killpg(run.process.pid, signal.SIGINT)
-        finish(run, 60)
+        finish(run, 100)
     assert 20 < len(records(folder / "cache")) < 1500 and not (folder / "early").exists()
 
 
@@ -324,7 +324,7 @@ def test_control_c_in_one_process_ends_both(place):
         run = SimpleNamespace(process=processes[0], out=place / "half-0.err", err=place / "half-1.err")
         wait_for(lambda: trained(place / "half") >= 10, run)
         processes[1].send_signal(signal.SIGINT)
-        assert [process.wait(60) for process in processes] == [1, 1]
+        assert [process.wait(100) for process in processes] == [1, 1]
     finally:
         for process in processes:
             process.kill()
