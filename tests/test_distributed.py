@@ -353,9 +353,16 @@ def hollow(place):
 
 SLOW = """import sys, time
 sys.path.insert(0, sys.argv.pop(1))
+import mlx.core as mx
 import dpo_trainer
-save = dpo_trainer.save_weights
-dpo_trainer.save_weights = lambda *given: time.sleep(2) or save(*given)
+
+def slow(path, arrays, save=mx.save_safetensors):
+    with open("saves.txt", "a") as file:
+        file.write(f"{path}\\n")
+    time.sleep(2)
+    save(path, arrays)
+
+mx.save_safetensors = slow
 dpo_trainer.main()
 """
 
@@ -377,6 +384,7 @@ def test_a_loss_that_is_not_finite_ends_all(place, hollow):
     words = [ROOT, *hollow, "--seed", seed, "--adapter-path", "hollow-two"]
     done = launch(2, place, *words, name="hollow", script="slow.py")
     assert failed(done, stop.value.code.replace(out, "hollow-two")), done.err
+    assert len((place / "saves.txt").read_text().splitlines()) == 1  # in one process
     same_adapter(place / out, place / "hollow-two")
     assert list(curve(place / out)) == list(curve(place / "hollow-two")) == [(0, "valid")]
 
