@@ -1,5 +1,5 @@
 """
-Time a training step of TRL's DPOTrainer (PyTorch, PEFT) on the lengths, batches and model shapes of bench_step.py.
+Time a training step of TRL's DPOTrainer (PyTorch, PEFT) on bench_step.py's lengths and shapes, sorted by length.
 
     python tests/bench_trl.py --shape 1B --lengths 900/150,180/300                    needs pip install trl peft
     python tests/bench_trl.py --order random                                          batches as TRL makes them itself
@@ -49,7 +49,7 @@ def draw_lengths(prompt, answer, count):
 
 
 def make_data(medians, count):
-    """Return a tokenizer of 2000 words and pairs of such words, in the order of dpo_trainer.py's batches."""
+    """Return a tokenizer of 2000 words and pairs of such words, sorted by all tokens, which dpo_trainer.py does not always do."""
     words = {f"w{i}": i for i in range(2000)} | {"[UNK]": 2000, "[EOS]": 2001, "[PAD]": 2002}
     backend, rng = Tokenizer(models.WordLevel(words, unk_token="[UNK]")), np.random.default_rng(1)
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
