@@ -49,7 +49,7 @@ def draw_lengths(prompt, answer, count):
 
 
 def make_data(medians, count):
-    """Return a tokenizer of 2000 words and pairs of such words, sorted by all tokens: not always dpo_trainer.py's order."""
+    """Return a tokenizer of 2000 words, and pairs of them sorted by all tokens, not as dpo_trainer.py always does."""
     words = {f"w{i}": i for i in range(2000)} | {"[UNK]": 2000, "[EOS]": 2001, "[PAD]": 2002}
     backend, rng = Tokenizer(models.WordLevel(words, unk_token="[UNK]")), np.random.default_rng(1)
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
