@@ -106,7 +106,7 @@ def parse_args(words):
     count, real = number(int, 1), partial(number, float)
     # what to do, on what
     add("-c", "--config", help="YAML file of these options, mlx_lm.lora's blocks too; the command line wins")
-    add("--model", help="folder or Hugging Face name; a quantized one trains as QLoRA (default: data/demo.yaml's)")
+    add("--model", help="folder or Hugging Face name; a quantized one trains as QLoRA (default: the bundled one)")
     add("--data", help="pairs: a .jsonl file, a folder (train, valid, test .jsonl), a hub dataset (NAME, NAME:SPLIT)")
     add("--train", action=switch, help="train (default, but with --test and no pairs to train on)")
     add("--test", nargs="?", const="", help="measure at the end, on this file, folder or hub dataset, or on --data's")
@@ -142,7 +142,7 @@ def parse_args(words):
     add("--grad-checkpoint", action=switch, help="less memory, about 1.3 times the time")
     add("--seed", type=number(int, 0, 2**63), default=0, help="of adapters, order, dropout, split (default: 0)")
     # measuring and saving
-    add("--adapter-path", default="adapters", help="output; an older run there is moved aside (default: adapters)")
+    add("--adapter-path", default="adapters", help="output; an older run moves aside (default: %(default)s)")
     add("--steps-per-report", type=count, default=10, help="updates (default: 10)")
     add("--steps-per-eval", type=count, default=200, help="updates (default: 200)")
     add("--save-every", type=count, default=100, help="updates (default: 100)")
@@ -150,12 +150,12 @@ def parse_args(words):
     add("--test-batches", type=number(int, -1), default=-1, help="sample of the test pairs; -1, 0: all (default)")
     add("--report-to", help="wandb, swanlab or wandb,swanlab")
     add("--project-name", help="for --report-to")
-    with blame("dpo_trainer.py", "--help lists all options"):
+    with blame(Path(__file__).name, "--help lists all options"):
         typed = args = parser.parse_args(words)
         if not (args.config or args.model):
-            print("No --model given: taking the bundled one and data/demo.yaml. Yours: --model FOLDER_OR_NAME")
             args.config = "data/demo.yaml"
-            need(Path(args.config).exists(), "name a model with --model (data/demo.yaml is not here)")
+            print(f"No --model given: taking the bundled one and {args.config}. Yours: --model FOLDER_OR_NAME")
+            need(Path(args.config).exists(), f"name a model with --model ({args.config} is not here)")
         if args.config:
             args = parser.parse_args(config_words(parser, args.config) + words)
         need(args.train is not False or args.test is not None, "neither training nor a test is asked for")
@@ -184,8 +184,10 @@ def settle_adapter(args):
             need(Path(file).name == "adapters.safetensors" and Path(file).exists(), "there is no such adapter")
             config = json.loads((Path(args.adapter) / "adapter_config.json").read_text())
             says |= {**config, **(config["lora_parameters"] or {})}
-            names = ("loss", "beta", "label_smoothing", "delta", "length_normalize") if not args.train else ()
-            vars(args).update({name: config[name] for name in names if name in config})  # measured as it was trained
+            names = ("loss", "beta", "label_smoothing", "delta", "length_normalize", "gamma", "sft_weight")
+            objective = {name: config[name] for name in names if name in config}
+            if not args.train and objective.keys() <= vars(args).keys():  # measured as it was trained
+                vars(args).update(objective)
         for name in ADAPTER:
             told = getattr(args, name)
             need(not file or told in (None, says[name]), f"this adapter has {name} {says[name]}, not {told}")
@@ -716,7 +718,7 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1, loss="sigmoid
     return losses, chosen_rewards, rejected_rewards
 
 
-def pair_metrics(logps, batch, args):
+def dpo_metrics(logps, batch, args):
     """Return {"loss", "rewards/...", "logps/...": (B,)} from the rows' log-probabilities (2B,)."""
     lengths = batch["mask"].sum(-1) if args.length_normalize or args.loss == "ipo" else 1
     parts = [*(logps / lengths).reshape(2, -1), *(batch["ref_logps"] / lengths).reshape(2, -1)]
@@ -793,7 +795,7 @@ def install(model, weights, training=False):
     return model.train(training)
 
 
-def sorted_batches(pairs, size):
+def sorted_batches(pairs, size, share=SHARE):
     """Return lists of size pairs of like lengths; the last may be shorter.
 
     Of several orders the one with the fewest padded tokens: by all tokens; by prompt, and by answer within every 1, 2,
@@ -806,7 +808,7 @@ def sorted_batches(pairs, size):
         parts = (by_prompt[i : i + part] for i in range(0, len(pairs), part))
         orders.append([pair for some in parts for pair in sorted(some, key=answer)])
     cuts = [[order[i : i + size] for i in range(0, len(order), size)] for order in orders]
-    widths = lambda batches: [(len(batch), *padded_widths(batch)) for batch in batches]
+    widths = lambda batches: [(len(batch), *padded_widths(batch, share)) for batch in batches]
     return min(cuts, key=lambda batches: sum(count * (p + 2 * r) for count, p, r in widths(batches)))
 
 
@@ -875,12 +877,12 @@ def add_reference(model, pairs, args):
     known, lines, file, world = {}, [], None, mx.distributed.init()
     stop_keeping = lambda error: print(f"The reference is not kept for the next run: {error}")
     if args.reference_cache and not world.rank():
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dpo-reference")
         try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "reference-logps")
             folder.mkdir(parents=True, exist_ok=True)
             file = open(folder / f"{fingerprint(model)}.jsonl", "ab", buffering=0)
             lines = Path(file.name).read_bytes().splitlines()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no folder that can be written to, no home
             file = stop_keeping(error)
         for line in lines:
             with suppress(Exception):  # a kill may have cut a line
@@ -890,7 +892,7 @@ def add_reference(model, pairs, args):
         pair["key"], pair["ref_logps"] = key, row
     missing = [pair for pair in pairs if math.isnan(pair["ref_logps"].sum())]
     score = mx.compile(partial(completion_logps, model))
-    for batch in tqdm(sorted_batches(missing, args.batch_size), desc="reference", **BAR):
+    for batch in tqdm(sorted_batches(missing, args.batch_size, args.share), desc="reference", **BAR):
         mine, count = own_part(batch)
         values = np.zeros((len(batch), 2))
         values[world.rank() :: world.size()] = np.array(score(make_batch(mine, args.share))).reshape(2, -1).T[:count]
@@ -910,7 +912,7 @@ def mean_metrics(found):
     return {name: float(value / count) for name, value in zip(found[0][0], sums)}
 
 
-def evaluate(model, params, initial, layout, pairs, args, size=-1):
+def evaluate(model, params, initial, layout, pairs, args, objective, size=-1):
     """Return the mean of every metric over the pairs, the chosen answers' perplexity, and KL(policy || reference).
 
     KL is exact, from both distributions, in nats a response token; initial, the parameters that make the model its own
@@ -920,30 +922,35 @@ def evaluate(model, params, initial, layout, pairs, args, size=-1):
     @mx.compile
     def measure(params, initial, batch):
         states = response_states(install(model, unpack(params, layout)), batch)
-        metrics = pair_metrics(in_chunks(token_logps, model, batch, states), batch, args)
-        ref_states = response_states(install(model, unpack(initial, layout)), batch) if initial else states
+        metrics = objective(in_chunks(token_logps, model, batch, states), batch, args)
+        if initial is None:
+            return metrics
+        ref_states = response_states(install(model, unpack(initial, layout)), batch)
         return metrics | {"kl": in_chunks(token_kl, model, batch, states, ref_states).reshape(2, -1).sum(0)}
 
     if 0 < size * args.batch_size < len(pairs):
         pairs = random.Random(args.seed).sample(pairs, size * args.batch_size)
     found = []
-    for batch in tqdm(sorted_batches(pairs, args.batch_size), desc="measuring", **BAR):
+    for batch in tqdm(sorted_batches(pairs, args.batch_size, args.share), desc="measuring", **BAR):
         mine, count = own_part(batch)
         found.append((measure(params, initial, make_batch(mine, args.share)), count))
         mx.eval(found[-1])  # or every batch's logits wait for the end
-    means, refs = mean_metrics(found), np.array([pair["ref_logps"] for pair in pairs])
+    means = mean_metrics(found)
     chosen, rejected = (sum(len(pair[side]) for pair in pairs) for side in ("chosen", "rejected"))
-    kl = means.pop("kl") * len(pairs) / (chosen + rejected)
+    if initial is not None:
+        means["kl"] *= len(pairs) / (chosen + rejected)
     means["pairs"] = len(pairs)
-    means["ref_logps/accuracies"] = float((refs[:, 0] > refs[:, 1]).mean())
     means["perplexity/chosen"] = math.exp(-means["logps/chosen"] * len(pairs) / chosen)
-    means["perplexity/ref_chosen"] = math.exp(-refs[:, 0].sum() / chosen)
-    return means | ({"kl": kl} if initial else {})
+    if "ref_logps" in pairs[0]:
+        refs = np.array([pair["ref_logps"] for pair in pairs])
+        means["ref_logps/accuracies"] = float((refs[:, 0] > refs[:, 1]).mean())
+        means["perplexity/ref_chosen"] = math.exp(-refs[:, 0].sum() / chosen)
+    return means
 
 
 def plan_updates(pairs, args):
     """Return the batches of each update of the run: every batch once an epoch, in that epoch's own seeded order."""
-    batches, plan, size = sorted_batches(pairs, args.batch_size), [], args.grad_accumulation_steps
+    batches, plan, size = sorted_batches(pairs, args.batch_size, args.share), [], args.grad_accumulation_steps
     epochs = math.ceil(args.iters / math.ceil(len(batches) / size)) if args.iters else args.epochs
     for epoch in range(epochs):
         order = np.random.default_rng([args.seed, epoch]).permutation(len(batches))
@@ -967,11 +974,12 @@ def make_optimizer(args, updates):
     return OPTIMIZERS[args.optimizer](learning_rate=rate, **own.get(args.optimizer, {}))
 
 
-def train(model, params, layout, plan, args):
+def train(model, params, layout, plan, args, objective):
     """Yield (step, params, found, rates) after each update of the plan, all still being computed.
 
-    found: its batches, as mean_metrics takes them; rates: grad_norm and learning_rate. An update whose loss or norm is
-    not finite is not made, nor any after it, and their norms are nan: params stay the last good ones.
+    objective(logps (2B,), batch, args) returns the pairs' metrics, each (B,), "loss" among them. found: the update's
+    batches, as mean_metrics takes them; rates: grad_norm and learning_rate. An update whose loss or norm is not finite
+    is not made, nor any after it, and their norms are nan: params stay the last good ones.
     """
     maybe_set_recommended_wired_limit()  # a Mac then keeps the model's memory in place
     optimizer, world, norm, before = make_optimizer(args, len(plan)), mx.distributed.init(), mx.array(0.0), None
@@ -980,13 +988,13 @@ def train(model, params, layout, plan, args):
 
     def batch_loss(weights, batch):
         logps = completion_logps(install(model, weights, training=True), batch)
-        return pair_metrics(logps, batch, args)["loss"].sum(), logps
+        return objective(logps, batch, args)["loss"].sum(), logps
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(params, sums, norm, batch, count):
         """Add the batch's loss and gradients; given the count of the update's pairs, on its last batch, update too."""
         (loss, logps), gradients = mx.value_and_grad(batch_loss)(unpack(params, layout), batch)
-        metrics, new = pair_metrics(logps, batch, args), (loss, pack(gradients, "vector" in params))
+        metrics, new = objective(logps, batch, args), (loss, pack(gradients, "vector" in params))
         sums = new if sums is None else tree_map(mx.add, sums, new)
         if count is None:
             return params, sums, norm, metrics
@@ -1013,15 +1021,29 @@ def train(model, params, layout, plan, args):
 # ------------------------------------------------------------------------------------------------------------- main
 
 
-def load_model(name, adapter, tokenizer, pairs, args, as_reference):
-    """Return a model, args.share settled for it; as the reference it scores the pairs, too."""
+def prepare(parse):
+    """Return args, the tokenizer, {"train", "valid", "test": pairs as token ids} and the line that ends a training."""
+    if not (first := mx.distributed.init().rank() == 0):  # the first process speaks for all
+        sys.stdout, BAR["disable"] = open(os.devnull, "w"), True
+    args = parse(sys.argv[1:])
+    splits = load_splits(args)
+    asked = next((p["prompt"][0]["content"] for p in sum(splits.values(), []) if len(p["prompt"]) == 1), "Hello")
+    words = ["--model", args.model, "--adapter-path", args.adapter_path, "--prompt", asked]
+    if args.train and first:
+        check_folder(Path(args.adapter_path), args)  # now, not after an hour
+    with blame(args.model, "give a folder or a Hugging Face name"):
+        tokenizer = load_tokenizer(args.model)
+    splits = {name: encode_pairs(tokenizer, pairs, args.max_seq_length) for name, pairs in splits.items() if pairs}
+    return args, tokenizer, splits, f"Next: mlx_lm.generate {shlex.join(words)}"
+
+
+def load_model(name, adapter, tokenizer, pairs, args):
+    """Return a model with its adapter, and settle args.share for it; exit where it cannot be loaded."""
     fitting = f"it cannot be loaded for {args.model}: see --model and --adapter-path"
     with blame(adapter or name, fitting if name == args.model else "give a folder or a Hugging Face name"):
         model, other = mlx_lm.load(name, adapter_path=adapter)
         need(other.get_vocab() == tokenizer.get_vocab(), "the reference has another tokenizer")
     args.share = settle_sharing(model, pairs)
-    if as_reference:
-        add_reference(model, pairs, args)
     return model
 
 
@@ -1089,47 +1111,27 @@ def report(step, split, metrics, args, callback=None):
         tell({"iteration": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
 
 
-def summarize(name, metrics):
-    """Return a sentence on what evaluate found on a split."""
-    likelier = f"{metrics['ref_logps/accuracies']:.2f} -> {metrics['logps/accuracies']:.2f}"
-    gained = f"it gained on the rejected one in {metrics['rewards/accuracies']:.2f} (rewards/accuracies)"
-    return f"{name}: {metrics['pairs']} held-out pairs: chosen answer likelier in {likelier}, {gained}"
+def run(model, params, layout, initial, splits, args, objective, summarize, onward=()):
+    """Train and measure, or measure only, and print what came of it; exit with a line where training breaks off.
 
-
-def main():
-    world = mx.distributed.init()
-    if not (first := world.rank() == 0):  # the first process speaks for all
-        sys.stdout, BAR["disable"] = open(os.devnull, "w"), True
-    args = parse_args(sys.argv[1:])
-    folder, splits = Path(args.adapter_path), load_splits(args)
-    file = folder / "adapters.safetensors"
-    asked = next((p["prompt"][0]["content"] for p in sum(splits.values(), []) if len(p["prompt"]) == 1), "Hello")
-    if args.train and first:
-        check_folder(folder, args)  # now, not after an hour
-    with blame(args.model, "give a folder or a Hugging Face name"):
-        tokenizer = load_tokenizer(args.model)
-    splits = {name: encode_pairs(tokenizer, pairs, args.max_seq_length) for name, pairs in splits.items() if pairs}
-    every_pair, reference = sum(splits.values(), []), args.reference_model or (not args.train and args.model)
-    if reference:  # scored and gone before the policy comes
-        load_model(reference, None, tokenizer, every_pair, args, as_reference=True)
-    model = load_model(args.model, args.adapter, tokenizer, every_pair, args, as_reference=not reference)
-    with blame(f"--fine-tune-type {args.fine_tune_type}", f"choose what {args.model} can be trained with"):
-        params, layout = trainable_parameters(model, args)
-    start_params, summary = None if reference or args.fine_tune_type == "full" else params, {}
-    if start_params is None:
+    objective, initial: see train and evaluate. summarize(name, before, after) returns a sentence on the metrics of a
+    split; onward: the words that a later run needs besides --resume-adapter-file.
+    """
+    folder, world, summary, befores = Path(args.adapter_path), mx.distributed.init(), {}, {}
+    file, first = folder / "adapters.safetensors", world.rank() == 0
+    if initial is None:
         print("kl is left out: it is there for LoRA and DoRA in training, with the model itself as the reference")
 
-    def measure(step, name, size, callback=None):
+    def measure(step, name, callback=None):
         if name in splits:
-            metrics = evaluate(model, params, start_params, layout, splits[name], args, size)
+            size = args.val_batches if name == "valid" else args.test_batches
+            metrics = evaluate(model, params, initial, layout, splits[name], args, objective, size)
             report(step, name, metrics, args, callback)
-            summary[name] = summarize(name, metrics)
+            summary[name] = summarize(name, befores.setdefault(name, metrics), metrics)
 
     if not args.train:
-        measure(0, "test", args.test_batches)
+        measure(0, "test")
         return print(summary["test"])
-    if not reference:
-        self_check(install(model, unpack(params, layout)), splits["train"][: args.batch_size], args)
     if first:
         start_folder(folder, args)
     callback = first and get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
@@ -1140,9 +1142,11 @@ def main():
     padding = f"{padding_share(itertools.chain(*plan), args.share):.0%} of the tokens are padding"
     print(f"pairs: {counts}; {len(plan)} updates; {padding}")
     signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
-    measure(0, "valid", args.val_batches, callback)
-    found, norms, tokens, start = [], {}, 0, time.perf_counter()
-    for step, params, batches, rates in train(model, params, layout, tqdm(plan, desc="training", **BAR), args):
+    for name in ("valid", "test"):
+        if name == "valid" or "ref_logps" not in splits["train"][0]:  # the reference tells of the test as it was
+            measure(0, name, callback)
+    found, norms, tokens, start, bar = [], {}, 0, time.perf_counter(), tqdm(plan, desc="training", **BAR)
+    for step, params, batches, rates in train(model, params, layout, bar, args, objective):
         found, norms[step] = found + batches, rates["grad_norm"]
         tokens += sum(2 * len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]) for p in sum(plan[step - 1], []))
         due = step % args.steps_per_report == 0 or step == len(plan)
@@ -1161,7 +1165,7 @@ def main():
         if step % args.save_every == 0 or step == len(plan) or stop:
             save_weights(file, params, layout)
         if step % args.steps_per_eval == 0 or step == len(plan):
-            measure(step, "valid", args.val_batches, callback)
+            measure(step, "valid", callback)
         start += time.perf_counter() - pause
         if stop:
             break
@@ -1170,12 +1174,36 @@ def main():
         step or sys.exit(f"{folder}: {why}; nothing is trained yet")
         save_weights(file, params, layout)
         sum_all(0)  # the others wait: the launcher ends all when one ends
-        words = shlex.join(["--resume-adapter-file", str(file), "--reference-model", reference or args.model])
+        words = shlex.join(["--resume-adapter-file", str(file), *onward])
         sys.exit(f"{folder}: {why}; it holds step {step} of {len(plan)}. To train on from there, add: {words}")
-    measure(step, "test", args.test_batches, callback)
+    measure(step, "test", callback)
     print(*summary.values(), sep="\n")
-    words = ["--model", args.model, "--adapter-path", str(folder), "--prompt", asked]
-    print(f"Next: mlx_lm.generate {shlex.join(words)}")
+
+
+def dpo_summary(name, before, metrics):
+    """Return a sentence on what evaluate found on a split."""
+    likelier = f"{metrics['ref_logps/accuracies']:.2f} -> {metrics['logps/accuracies']:.2f}"
+    gained = f"it gained on the rejected one in {metrics['rewards/accuracies']:.2f} (rewards/accuracies)"
+    return f"{name}: {metrics['pairs']} held-out pairs: chosen answer likelier in {likelier}, {gained}"
+
+
+def main():
+    args, tokenizer, splits, next_line = prepare(parse_args)
+    pairs, reference = sum(splits.values(), []), args.reference_model or (not args.train and args.model)
+    if reference:  # scored and gone before the policy comes
+        add_reference(load_model(reference, None, tokenizer, pairs, args), pairs, args)
+    model = load_model(args.model, args.adapter, tokenizer, pairs, args)
+    if not reference:
+        add_reference(model, pairs, args)
+    with blame(f"--fine-tune-type {args.fine_tune_type}", f"choose what {args.model} can be trained with"):
+        params, layout = trainable_parameters(model, args)
+    if not reference:
+        self_check(install(model, unpack(params, layout)), splits["train"][: args.batch_size], args)
+    initial = None if reference or args.fine_tune_type == "full" else params
+    words = ["--reference-model", reference or args.model]
+    run(model, params, layout, initial, splits, args, dpo_metrics, dpo_summary, words)
+    if args.train:
+        print(next_line)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def measure(shape, row, steps, vocabulary):
     args.share = dpo.settle_sharing(model, pairs)
     params, layout = dpo.trainable_parameters(model, args)
     dpo.lighten(model, args)
-    for step, params, _, rates in dpo.train(model, params, layout, dpo.plan_updates(pairs, args), args):
+    plan = dpo.plan_updates(pairs, args)
+    for step, params, _, rates in dpo.train(model, params, layout, plan, args, dpo.dpo_metrics):
         if step == 1:
             mx.eval(params)  # what is yielded is still being computed; the first step compiles
             mx.reset_peak_memory()

@@ -107,7 +107,7 @@ def curve(folder):
 
 def records(folder):
     """Return [(key, value)] of the reference's scores kept in a folder."""
-    lines = [line for path in (folder / "dpo-reference").glob("*") for line in path.read_text().split("\n") if line]
+    lines = [line for path in (folder / "reference-logps").glob("*") for line in path.read_text().split("\n") if line]
     return [item for line in lines for item in json.loads(line).items()]
 
 
@@ -194,8 +194,8 @@ def test_the_scores_are_kept_once(place, one, two):
 def test_three_processes_go_on_with_what_two_have_kept(place, one, two):
     """Of the 31 scores a third is taken away: these are computed again, the others are used by all three."""
     (place / "three").mkdir()
-    kept = place / "three" / "cache" / "dpo-reference"
-    [file] = (place / "cache" / "dpo-reference").iterdir()
+    kept = place / "three" / "cache" / "reference-logps"
+    [file] = (place / "cache" / "reference-logps").iterdir()
     lines = [line for line in file.read_text().split("\n") if line][10:]
     kept.mkdir(parents=True)
     (kept / file.name).write_text("".join(f"\n{line}" for line in lines))
@@ -229,9 +229,9 @@ def test_a_test_alone_by_the_scores_of_the_first_process(place, one, two):
         (place / "lies" / name).symlink_to(place / name)
     honest = alone(place, *words)
     for name in ("cache", "cache-alone"):
-        kept = place / "lies" / name / "dpo-reference"
+        kept = place / "lies" / name / "reference-logps"
         kept.mkdir(parents=True)
-        [file] = (place / "cache" / "dpo-reference").iterdir()
+        [file] = (place / "cache" / "reference-logps").iterdir()
         lies = [{key: [-50.0 - i, -60.0 + i]} for i, (key, _) in enumerate(records(place / "cache"))]
         (kept / file.name).write_text("".join(f"\n{json.dumps(row)}" for row in lies))
     expected = alone(place / "lies", *words)
@@ -303,7 +303,7 @@ def test_control_c_in_the_reference_pass_ends_all(place):
     for name in ("tiny", "many.jsonl"):
         (folder / name).symlink_to(place / name)
     with launched(2, folder, *words) as run:
-        wait_for(lambda: len(list((folder / "cache" / "dpo-reference").glob("*"))) > 0, run)
+        wait_for(lambda: len(list((folder / "cache" / "reference-logps").glob("*"))) > 0, run)
         wait_for(lambda: len(records(folder / "cache")) > 20, run)
         os.killpg(run.process.pid, signal.SIGINT)
         finish(run, 100)
@@ -396,8 +396,8 @@ def watch_updates(patch, then):
     """Have then called after each update with its number and the parameters, as they would be saved."""
     train = dpo_trainer.train
 
-    def watched(model, params, layout, plan, args):
-        for step, params, *rest in train(model, params, layout, plan, args):
+    def watched(model, params, layout, *given):
+        for step, params, *rest in train(model, params, layout, *given):
             then(step, {name: np.array(w) for name, w in dpo_trainer.unpack(params, layout).items()})
             yield step, params, *rest
 
@@ -561,7 +561,7 @@ def test_the_host_never_waits_for_the_batch_just_begun(place, words):
     plan, steps = [[pairs[:4], pairs[4:]], [pairs[2:6]]] * 4, []
     with pytest.MonkeyPatch.context() as patch:
         waits = watch_waits(patch)
-        for step, *_ in dpo_trainer.train(model, params, layout, plan, args):
+        for step, *_ in dpo_trainer.train(model, params, layout, plan, args, dpo_trainer.dpo_metrics):
             steps.append(step)
     assert steps == list(range(1, 9)) and not waits
 

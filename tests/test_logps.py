@@ -170,7 +170,7 @@ def test_a_batch_of_two_is_one_and_one(family, share, tmp_path):
 
     def loss(params, batch):
         model_now = dpo_trainer.install(model, dpo_trainer.unpack(params, layout), training=True)
-        return dpo_trainer.pair_metrics(dpo_trainer.completion_logps(model_now, batch), batch, args)["loss"].sum()
+        return dpo_trainer.dpo_metrics(dpo_trainer.completion_logps(model_now, batch), batch, args)["loss"].sum()
 
     both, one, two = (
         mx.value_and_grad(loss)(params, dpo_trainer.make_batch(pairs, share))

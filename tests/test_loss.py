@@ -88,7 +88,7 @@ def test_gradients_by_hand():
 
 def test_two_pairs_one_right():
     batch = batch_of([4, 4, 4, 4], [-10.0, -10.0, -10.0, -10.0], [1.0, 1.0])
-    metrics = dpo_trainer.pair_metrics(mx.array([-8.0, -11.0, -13.0, -10.5]), batch, options_of())
+    metrics = dpo_trainer.dpo_metrics(mx.array([-8.0, -11.0, -13.0, -10.5]), batch, options_of())
     expected = {
         "loss": [math.log(1 + math.exp(-0.5)), math.log(1 + math.exp(0.05))],
         "rewards/chosen": [0.2, -0.1],
@@ -111,7 +111,7 @@ def test_two_pairs_one_right():
 def test_accuracies_of_rewards_and_of_logps_differ():
     """The policy prefers the rejected answer, though less than the reference did; and a tie is not right."""
     batch = batch_of([4, 4, 4, 4], [-20.0, -10.0, -10.0, -10.0], [1.0, 1.0])
-    metrics = dpo_trainer.pair_metrics(mx.array([-15.0, -10.0, -11.0, -10.0]), batch, options_of())
+    metrics = dpo_trainer.dpo_metrics(mx.array([-15.0, -10.0, -11.0, -10.0]), batch, options_of())
     assert metrics["rewards/accuracies"].tolist() == [True, False]
     assert metrics["logps/accuracies"].tolist() == [False, False]
 
@@ -124,7 +124,7 @@ PER_TOKEN = [["--length-normalize"], ["--loss", "ipo"], ["--loss", "dpop", "--le
 def test_lengths_are_the_response_tokens_and_count_only_if_asked(words, prompt):
     """Chosen -12 -> -10 of 4 tokens, rejected -6 -> -9 of 2: gains of 0.5 and of -1.5 a token."""
     batch = batch_of([4, 2], [-12.0, -6.0], [1.0], prompt)
-    metrics = dpo_trainer.pair_metrics(mx.array([-10.0, -9.0]), batch, options_of(*words))
+    metrics = dpo_trainer.dpo_metrics(mx.array([-10.0, -9.0]), batch, options_of(*words))
     won, lost = (0.05, -0.15) if words in PER_TOKEN else (0.2, -0.3)
     whole = 0.5 if "hinge" in words else math.log(1 + math.exp(-0.5))
     assert (metrics["rewards/chosen"].item(), metrics["rewards/rejected"].item()) == pytest.approx((won, lost))
@@ -137,7 +137,7 @@ def test_lengths_are_the_response_tokens_and_count_only_if_asked(words, prompt):
 def test_weight_multiplies_its_rows_loss_only(loss):
     logps = mx.array([-8.0, -11.0, -13.0, -10.5])
     plain, weighted = (
-        dpo_trainer.pair_metrics(logps, batch_of([4, 3, 2, 1], [-10.0] * 4, weights), options_of("--loss", loss))
+        dpo_trainer.dpo_metrics(logps, batch_of([4, 3, 2, 1], [-10.0] * 4, weights), options_of("--loss", loss))
         for weights in ([1.0, 1.0], [3.0, 0.0])
     )
     assert weighted["loss"].tolist() == pytest.approx([3 * plain["loss"][0].item(), 0])
@@ -155,5 +155,5 @@ def test_options_reach_the_loss():
         (["--loss", "dpop", "--delta", 2], WON + 3),
         (["--loss", "dpop", "--delta", 0], WON),
     ):
-        loss = dpo_trainer.pair_metrics(logps, batch, options_of(*words))["loss"].item()
+        loss = dpo_trainer.dpo_metrics(logps, batch, options_of(*words))["loss"].item()
         assert loss == pytest.approx(expected, abs=1e-5), words

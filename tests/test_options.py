@@ -102,7 +102,7 @@ def loss(words, folder):
     mask = mx.array([[1.0] * n + [0.0] * (6 - n) for n in (2, 6, 3, 4)])
     batch = {"mask": mask, "ref_logps": mx.array([-3.0, -9.0, -4.0, -7.0]), "weights": mx.ones(2)}
     logps = mx.array([-3.5, -6.0, -4.25, -9.0])
-    return dpo_trainer.pair_metrics(logps, batch, parse_args(BASE + words))["loss"].tolist()
+    return dpo_trainer.dpo_metrics(logps, batch, parse_args(BASE + words))["loss"].tolist()
 
 
 def plan(words, folder):
@@ -239,7 +239,7 @@ def test_an_option_matters(here, option):
 def test_the_reference_is_kept_in_the_cache_folder(here):
     """A file of the model, with a score of each of the 14 pairs to train and to validate on; or none at all."""
     [(name, scores)] = kept([], here).items()
-    assert re.fullmatch(r"dpo-reference/\w+\.jsonl", name) and scores == 14
+    assert re.fullmatch(r"reference-logps/\w+\.jsonl", name) and scores == 14
     assert kept(["--no-reference-cache"], here) == {}
 
 
@@ -265,7 +265,7 @@ def test_help_lists_every_option_with_its_default(capsys, monkeypatch):
             assert "(default)" in action.help, option
         elif default not in (None, -1):
             default = default if isinstance(default, str) else f"{default:g}"
-            assert f"(default: {default}" in action.help, option
+            assert f"(default: {default}" in action.help % {"default": action.default}, option
     assert "-1: all (default)" in shown and "(default: 1e-5; full: 1e-6)" in shown
 
 

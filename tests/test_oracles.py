@@ -89,7 +89,7 @@ def test_kl_and_perplexity_are_those_of_both_distributions(ready, monkeypatch, s
     args, model, params, layout, pairs, _ = ready
     args, policy = argparse.Namespace(**vars(args) | {"share": share}), moved(params)
     monkeypatch.setattr(dpo, "CHUNK", chunk)
-    found = dpo.evaluate(model, policy, params, layout, pairs, args)
+    found = dpo.evaluate(model, policy, params, layout, pairs, args, dpo.dpo_metrics)
     kl, nats, tokens = 0.0, 0.0, {"chosen": 0, "rejected": 0}
     for pair in pairs:
         for side in tokens:
@@ -112,7 +112,7 @@ def test_accumulating_four_times_one_is_one_times_four(ready, count, share):
     args = argparse.Namespace(**vars(args) | {"share": share})
     groups = [pairs[i : min(i + 4, count)] for i in (0, 4)]
     plans = [[[[pair] for pair in group] for group in groups], [[group] for group in groups]]
-    ends = [list(dpo.train(model, params, layout, plan, args))[-1][1] for plan in plans]
+    ends = [list(dpo.train(model, params, layout, plan, args, dpo.dpo_metrics))[-1][1] for plan in plans]
     one, other, start = (dpo.unpack(given, layout) for given in (*ends, params))
     assert len(start) == len(layout) > 20
     for name in start:

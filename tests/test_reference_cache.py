@@ -31,7 +31,7 @@ ADD_REFERENCE, SCORE = dpo_trainer.add_reference, dpo_trainer.completion_logps
 def kept(tmp_path, monkeypatch):
     """The folder of the scores, which is not there yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "dpo-reference"
+    return tmp_path / "cache" / "reference-logps"
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +179,10 @@ def test_where_it_is_kept(model, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", "") if given == "" else monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         scores(model, pairs)
         [file] = [path for path in home.rglob("*") if path.is_file()]
-        assert file == home / ".cache" / "dpo-reference" / f"{dpo_trainer.fingerprint(model)}.jsonl"
+        assert file == home / ".cache" / "reference-logps" / f"{dpo_trainer.fingerprint(model)}.jsonl"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     assert scores(model, pairs)[1] == 2 and scores(model, pairs)[1] == 0
-    assert (tmp_path / "elsewhere" / "dpo-reference" / file.name).exists()
+    assert (tmp_path / "elsewhere" / "reference-logps" / file.name).exists()
 
 
 def test_no_reference_cache_neither_reads_nor_writes(model, tiny, tmp_path, kept, monkeypatch):
@@ -451,7 +451,7 @@ def readable():
 @pytest.mark.parametrize("known", [False, True])
 def test_a_cache_that_may_only_be_read(model, readable, monkeypatch, capsys, known):
     monkeypatch.setenv("XDG_CACHE_HOME", str(readable))
-    pairs, kept = random_pairs(3), readable / "dpo-reference"
+    pairs, kept = random_pairs(3), readable / "reference-logps"
     expected = scores(model, pairs)[0]
     if not known:
         shutil.rmtree(kept)
@@ -531,7 +531,7 @@ def processes(tiny, tmp_path_factory):
             with open(folder / f"{name}.txt", "w") as output:
                 command = [sys.executable, *map(str, words)]
                 started[name] = subprocess.Popen(command, env=env, stdout=output, stderr=output)
-        deadline, kept = time.monotonic() + 120, folder / "killed" / "dpo-reference"
+        deadline, kept = time.monotonic() + 120, folder / "killed" / "reference-logps"
         while time.monotonic() < deadline and started["killed"].poll() is None:
             if sum(path.read_bytes().count(b"\n") for path in kept.glob("*")) > 20:
                 break
@@ -555,7 +555,7 @@ def pairs_of(tiny, path):
 def test_two_runs_at_once_lose_nothing(tiny, model, processes, monkeypatch):
     assert processes.status["a"] == processes.status["b"] == 0, processes.outputs
     monkeypatch.setenv("XDG_CACHE_HOME", str(processes.folder / "both"))
-    found = records(processes.folder / "both" / "dpo-reference")
+    found = records(processes.folder / "both" / "reference-logps")
     assert len(found) == len(dict(found)) == processes.counts["a"] + processes.counts["b"]
     pairs = sum((pairs_of(tiny, processes.folder / f"{name}.jsonl") for name in "ab"), [])
     kept, computed = scores(model, pairs)
@@ -566,7 +566,7 @@ def test_two_runs_at_once_lose_nothing(tiny, model, processes, monkeypatch):
 
 def test_a_killed_run_keeps_what_it_computed(tiny, model, processes, monkeypatch):
     assert processes.status["killed"] == -signal.SIGKILL, processes.outputs
-    kept = len(records(processes.folder / "killed" / "dpo-reference"))
+    kept = len(records(processes.folder / "killed" / "reference-logps"))
     assert 20 < kept < processes.counts["killed"], "it was not killed in the middle"
     monkeypatch.setenv("XDG_CACHE_HOME", str(processes.folder / "killed"))
     pairs = pairs_of(tiny, processes.folder / "killed.jsonl")

@@ -302,7 +302,7 @@ def train_a_while(model, pairs, share, *words, updates=3):
     start, layout = dpo.trainable_parameters(model, args)
     dpo.lighten(model, args)
     found = []
-    for _, params, batches, _ in dpo.train(model, start, layout, dpo.plan_updates(pairs, args), args):
+    for _, params, batches, _ in dpo.train(model, start, layout, dpo.plan_updates(pairs, args), args, dpo.dpo_metrics):
         found.append(dpo.mean_metrics(batches))
     return start, params, layout, found, args
 
@@ -346,7 +346,7 @@ def test_models_that_cannot_share_train(family, quick):
     np.testing.assert_allclose([pair["ref_logps"] for pair in pairs], expected, rtol=1e-5, atol=5e-5)
     assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert found[4]["loss"] + found[5]["loss"] < 2 * math.log(2) - 0.1  # the third epoch: all pairs
-    metrics = dpo.evaluate(model, params, None, layout, pairs, args)
+    metrics = dpo.evaluate(model, params, None, layout, pairs, args, dpo.dpo_metrics)
     dpo.install(model, dpo.unpack(params, layout))
     trained = np.reshape(expected_logps(model, pairs), (2, -1)).mean(1)
     assert np.abs(trained - expected.mean(0)).max() > 0.1
@@ -609,9 +609,9 @@ def test_kl_in_parts_is_the_whole_one(family, monkeypatch, quick):
     args.share = dpo.settle_sharing(model, pairs)
     initial, layout = dpo.trainable_parameters(model, args)
     params = tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(1)), initial)
-    whole = dpo.evaluate(model, params, initial, layout, pairs, args)
+    whole = dpo.evaluate(model, params, initial, layout, pairs, args, dpo.dpo_metrics)
     monkeypatch.setattr(dpo, "CHUNK", 4 * VOCABULARY * 3)
-    for name, value in dpo.evaluate(model, params, initial, layout, pairs, args).items():
+    for name, value in dpo.evaluate(model, params, initial, layout, pairs, args, dpo.dpo_metrics).items():
         assert value == pytest.approx(whole[name], rel=1e-5), name
     total = count = 0
     for pair in pairs:
@@ -857,7 +857,8 @@ def test_an_update_of_the_vector_is_the_update_of_its_arrays(optimizer, quick):
         weights = dpo.unpack(params, layout)
         start = dpo.pack(weights, together)
         assert ("vector" in start) == together
-        for _, end, _, rates in dpo.train(model, start, layout, dpo.plan_updates(pairs, args) * 2, args):
+        plan = dpo.plan_updates(pairs, args) * 2
+        for _, end, _, rates in dpo.train(model, start, layout, plan, args, dpo.dpo_metrics):
             pass
         end = dpo.unpack(end, layout)
         assert rates["grad_norm"].item() > 1  # so that it is clipped

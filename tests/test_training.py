@@ -65,7 +65,7 @@ def run(model, params, layout, plan, args):
     They are looked at after the last one, as main may do: nothing that is yielded changes later.
     """
     mx.random.seed(3)  # of dropout
-    updates, results = list(dpo_trainer.train(model, params, layout, plan, args)), []
+    updates, results = list(dpo_trainer.train(model, params, layout, plan, args, dpo_trainer.dpo_metrics)), []
     for (step, new, found, rates), group in zip(updates, plan, strict=True):
         assert [count for _, count in found] == [len(batch) for batch in group]
         metrics = {name: np.concatenate([np.array(part[name]) for part, _ in found]) for name in found[0][0]}
@@ -249,7 +249,7 @@ def test_step_0_is_log_2(name, tmp_path):
     compute = mx.float32 if args.fine_tune_type == "dora" else dtype
     assert {w.dtype for _, w in tree_flatten(model.trainable_parameters())} == {compute}
     initial = params if args.fine_tune_type != "full" else None
-    measured = dpo_trainer.evaluate(model, params, initial, layout, pairs, args)
+    measured = dpo_trainer.evaluate(model, params, initial, layout, pairs, args, dpo_trainer.dpo_metrics)
     assert measured["loss"] == pytest.approx(LOG_2, abs=tolerance)
     assert measured["rewards/margins"] == pytest.approx(0, abs=tolerance)
     assert measured["perplexity/chosen"] == pytest.approx(measured["perplexity/ref_chosen"], rel=tolerance)
@@ -382,7 +382,7 @@ def test_evaluate_by_hand(tiny, kind):
     """Nine pairs in batches of four: the odd one weighs as much as any other."""
     args, model, params, layout, pairs = set_up(tiny, "--fine-tune-type", kind, count=9)
     moved = tree_map(lambda w: w + 0.01 * mx.random.normal(w.shape, key=mx.random.key(w.size)), params)
-    measured = dpo_trainer.evaluate(model, moved, params, layout, pairs, args)
+    measured = dpo_trainer.evaluate(model, moved, params, layout, pairs, args, dpo_trainer.dpo_metrics)
     restore_swiglu()
     base, policy = (mlx_lm.load(str(tiny))[0] for _ in range(2))
     dpo_trainer.trainable_parameters(policy, args)  # mlx-lm's own layers, not lightened
@@ -398,12 +398,12 @@ def test_a_sample_is_seeded(tiny):
 
     def measure(size, seed=0):
         args.seed = seed
-        return dpo_trainer.evaluate(model, params, None, layout, pairs, args, size)
+        return dpo_trainer.evaluate(model, params, None, layout, pairs, args, dpo_trainer.dpo_metrics, size)
 
     sample, whole = measure(2), measure(-1)
     assert sample == measure(2) and sample["loss"] != measure(2, seed=1)["loss"] and sample["loss"] != whole["loss"]
     assert measure(10) == whole == measure(1000)
-    ones = [dpo_trainer.evaluate(model, params, None, layout, [pair], args) for pair in pairs]
+    ones = [dpo_trainer.evaluate(model, params, None, layout, [pair], args, dpo_trainer.dpo_metrics) for pair in pairs]
     drawn = random.Random(0).sample(ones, 4)  # 2 batches of 2
     assert sample["loss"] == pytest.approx(np.mean([one["loss"] for one in drawn]), rel=1e-5)
     assert sample["ref_logps/accuracies"] == np.mean([one["ref_logps/accuracies"] for one in drawn])
@@ -448,9 +448,9 @@ def test_dropout_is_for_training_only_and_differs_between_updates(tiny):
     found = {}
     for dropout in (0, 0.5):
         args, model, params, layout, pairs = set_up(tiny, "--dropout", dropout, "--learning-rate", 1e-30, noise=0.03)
-        before = dpo_trainer.evaluate(model, params, None, layout, pairs, args)
+        before = dpo_trainer.evaluate(model, params, None, layout, pairs, args, dpo_trainer.dpo_metrics)
         losses = [metrics["loss"].mean() for _, _, metrics in run(model, params, layout, [[pairs]] * 3, args)]
-        assert dpo_trainer.evaluate(model, params, None, layout, pairs, args) == before
+        assert dpo_trainer.evaluate(model, params, None, layout, pairs, args, dpo_trainer.dpo_metrics) == before
         found[dropout] = before["loss"], *losses
     assert found[0] == pytest.approx([found[0.5][0]] * 4, rel=1e-5)
     assert len(set(found[0.5])) == 4 and min(abs(loss - found[0][0]) for loss in found[0.5][1:]) > 1e-4
@@ -466,7 +466,7 @@ def test_the_gradient_is_of_the_inputs_that_were_dropped(tiny, words):
         mx.random.seed(5)
         weights = dpo_trainer.unpack(params, layout)
         logps = dpo_trainer.completion_logps(dpo_trainer.install(model, weights, training=True), batch)
-        return dpo_trainer.pair_metrics(logps, batch, args)["loss"].sum()
+        return dpo_trainer.dpo_metrics(logps, batch, args)["loss"].sum()
 
     gradient = mx.grad(loss)(params)["vector"]
     norm = mx.linalg.norm(gradient)
