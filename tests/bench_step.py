@@ -3,6 +3,7 @@ Time a training step of dpo_trainer.py against mlx-lm-lora's `train_dpo` on the 
 
     python tests/bench_step.py --shape 1B --lengths 900/150,180/300
     python tests/bench_step.py --shape cpu --lengths 450/75 --pairs 8     a small float32 model, for a CPU
+    python tests/bench_step.py --simpo                                    simpo_trainer.py against dpo_trainer.py
     python tests/bench_step.py --padding 2000 --lengths 900/150           counts the padding of our batches; no model
 
 A random model, LoRA of rank 8 on every linear layer, AdamW, no checkpointing. The two take turns: each turn builds the
@@ -39,6 +40,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dpo_trainer as dpo
+import simpo_trainer as simpo
 
 FIELDS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 FIELDS += ("head_dim", "vocab_size")
@@ -103,20 +105,20 @@ def needed_work(shape, pairs):
     return 4 * (prompts * (layers * layer - layer + cached) + answers * (layers * layer + hidden * vocabulary))
 
 
-def time_ours(shape, plan, args):
+def time_ours(shape, plan, args, script=dpo, objective=dpo.dpo_metrics):
     """Return the seconds and peak GB of a pass, the seconds of its forwards alone, and its batches' padding share."""
-    model, batches, make_batch, half = build(shape), [], dpo.make_batch, len(plan) // 2
-    args.share = dpo.settle_sharing(model, plan[0][0])
-    params, layout = dpo.trainable_parameters(model, args)
+    model, batches, make_batch, half = build(shape), [], script.make_batch, len(plan) // 2
+    args.share = script.settle_sharing(model, plan[0][0])
+    params, layout = script.trainable_parameters(model, args)
 
     def recorded(*given, **named):  # floor and padding are of the very arrays that were trained on
         batches.append(make_batch(*given, **named))
         return batches[-1]
 
     # what ours replaces in mlx-lm's module must not reach mlx-lm-lora, which uses the same
-    with mock.patch.dict(vars(llama)), mock.patch.object(dpo, "make_batch", recorded):
-        dpo.lighten(model, args)
-        for step, params, *_, rates in dpo.train(model, params, layout, plan, args):
+    with mock.patch.dict(vars(llama)), mock.patch.object(script, "make_batch", recorded):
+        script.lighten(model, args)
+        for step, params, *_, rates in script.train(model, params, layout, plan, args, objective):
             if step == half:
                 mx.eval(params)  # what is yielded is still being computed
                 mx.reset_peak_memory()
@@ -124,8 +126,8 @@ def time_ours(shape, plan, args):
         mx.eval(params)
     seconds, peak = time.perf_counter() - start, mx.get_peak_memory() / 1e9
     assert math.isfinite(rates["grad_norm"].item()), "the loss is not finite"
-    policy = lambda params: dpo.install(model, dpo.unpack(params, layout), True)
-    forward = mx.compile(lambda params, batch: dpo.completion_logps(policy(params), batch))
+    policy = lambda params: script.install(model, script.unpack(params, layout), True)
+    forward = mx.compile(lambda params, batch: script.completion_logps(policy(params), batch))
     for _ in range(2):  # the first pass compiles
         start, logps = time.perf_counter(), None
         for batch in batches[half:]:
@@ -145,6 +147,11 @@ def peer_batch(pairs):
         ids[i, : len(row)] = row
         masks[i, start : len(row)] = 1
     return tuple(mx.array(half) for both in (ids, masks) for half in np.split(both, 2))
+
+
+def time_simpo(shape, plan, args):
+    own = simpo.parse_args(f"--model - --data - --epochs 2 --batch-size {args.batch_size}".split())
+    return time_ours(shape, plan, own, simpo, simpo.simpo_metrics)
 
 
 def time_peer(shape, plan, args):
@@ -180,6 +187,7 @@ def compare(name, options, rate):
     args = dpo.parse_args(f"--model - --data - --epochs 2 --batch-size {options.batch_size}".split())
     pairs = draw_pairs(map(int, name.split("/")), options.pairs, SHAPES[options.shape][-2])
     plan, sides = dpo.plan_updates(pairs, args), {"ours": time_ours, PEER: time_peer}
+    sides = {"simpo": time_simpo, "dpo": time_ours} if options.simpo else sides
     found = {side: [] for side in list(sides)[: 1 if options.ours_only else 2]}
     for side in list(found) * options.rounds:
         try:
@@ -198,7 +206,8 @@ def compare(name, options, rate):
     if len(found) == 2:
         took, peak = np.divide(*(np.median([turn[:2] for turn in rounds], axis=0) for rounds in found.values()))
         each = sorted(ours[0] / theirs[0] for ours, theirs in zip(*found.values()))
-        line = f"{name:9} {'ours/theirs':12}{took:9.3f}{f'({each[0]:.3f}-{each[-1]:.3f})':>18}"
+        who = "simpo/dpo" if options.simpo else "ours/theirs"
+        line = f"{name:9} {who:12}{took:9.3f}{f'({each[0]:.3f}-{each[-1]:.3f})':>18}"
         print(f"{line}{1 / took:9.2f}{peak:9.3f}", flush=True)
 
 
@@ -209,6 +218,7 @@ def main():
     for name, default in (("pairs", 16), ("batch-size", 4), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--simpo", action="store_true", help="time simpo_trainer.py against dpo_trainer.py instead")
     parser.add_argument("--padding", type=int, metavar="N", help="only count padding and shapes over N pairs")
     options = parser.parse_args()
     print(f"{mx.device_info()['device_name']}, mlx {mx.__version__}, batches of {options.batch_size} pairs", flush=True)
@@ -220,7 +230,7 @@ def main():
             shapes = {str(sorted((field, array.shape) for field, array in batch.items())) for batch in batches}
             print(f"{name:9} padding {padding_share(batches):.1%}, {len(shapes)} shapes in {len(batches)} batches")
         return
-    if not options.ours_only and not importlib.util.find_spec("mlx_lm_lora"):
+    if not (options.ours_only or options.simpo) and not importlib.util.find_spec("mlx_lm_lora"):
         print(f"{PEER} is not installed (pip install {PEER}): only ours is timed")
         options.ours_only = True
     rate = product_rate(SHAPES[options.shape][-1])

@@ -3,8 +3,13 @@
 import re
 import shlex
 
-import dpo_trainer
+import pytest
 from conftest import ROOT
+
+import dpo_trainer
+import simpo_trainer
+
+TRAINERS = {"dpo_trainer.py": dpo_trainer, "simpo_trainer.py": simpo_trainer}
 
 README = (ROOT / "README.md").read_text()
 
@@ -24,27 +29,29 @@ def test_the_gate_runs_the_readmes_commands():
 
 def test_the_file_table_counts_lines():
     rows = re.findall(r"^\| `([\w/.-]+)` \| [^|]* \| ([\d,]+) \|$", README, re.M)
-    assert dict(rows).keys() >= {"dpo_trainer.py", "data/make_tiny_chat.py"}
+    assert dict(rows).keys() >= {path.name for path in ROOT.glob("*.py")} | {"data/make_tiny_chat.py"}
     for name, count in rows:
         assert len((ROOT / name).read_text().splitlines()) == int(count.replace(",", "")), name
 
 
-def test_every_command_line_parses(tmp_path, monkeypatch):
-    """Each dpo_trainer.py command that is shown is one that the script takes."""
-    commands = [c for c in re.findall(r"dpo_trainer\.py (--[^`\n&)]+)", README) if c != "--help"]
-    assert len(commands) >= 3
+@pytest.mark.parametrize("script", TRAINERS)
+def test_every_command_line_parses(script, monkeypatch):
+    """Each command that is shown is one that the script takes."""
+    commands = [c for c in re.findall(rf"{script} (--[^`\n&)]+)", README) if c != "--help"]
+    assert len(commands) >= {"dpo_trainer.py": 3}.get(script, 1)
     monkeypatch.chdir(ROOT)
     for command in commands:
         # with --train none looks for an adapter on this disk
-        args = dpo_trainer.parse_args(["--data", "data/pairs.jsonl", *shlex.split(command), "--train"])
+        args = TRAINERS[script].parse_args(["--data", "data/pairs.jsonl", *shlex.split(command), "--train"])
         assert args.model and args.data
 
 
-def test_every_option_is_named():
-    for option in re.findall(r'^    add\((?:"-c", )?"(--[\w-]+)"', (ROOT / "dpo_trainer.py").read_text(), re.M):
+@pytest.mark.parametrize("script", TRAINERS)
+def test_every_option_is_named(script):
+    for option in re.findall(r'^    add\((?:"-c", )?"(--[\w-]+)"', (ROOT / script).read_text(), re.M):
         assert re.search(rf"{option}\b", README), option
 
 
 def test_every_function_that_it_names_is_there():
-    for name in re.findall(r"^\| [^|]+ \| `(\w+)`", README.split("## Which function to edit")[1], re.M):
-        assert name == "step" or hasattr(dpo_trainer, name), name
+    for name in re.findall(r"`(\w+)`", "".join(re.findall(r"^\| [^|]+ \| (`\w+`.*)", README.split("## Which")[1], re.M))):
+        assert name in ("step", "train") or any(hasattr(script, name) for script in TRAINERS.values()), name
