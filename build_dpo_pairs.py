@@ -18,6 +18,7 @@ import argparse
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -31,7 +32,7 @@ import zipfile
 from collections import Counter, defaultdict
 from contextlib import closing, contextmanager
 from datetime import datetime, timezone
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -39,6 +40,7 @@ from pathlib import Path
 # what a pair says, strongest first, and how much of its loss counts; half of it where the sign is faint
 WEIGHTS = {"comparison": 1.0, "rating": 1.0, "dataset": 1.0, "regenerate": 0.7, "generated": 0.5, "correction": 0.4}
 RIVALS = 3  # worse answers to one prompt that are paired with its best
+HISTORY = 40  # messages before a prompt, at most: the latest
 LIMIT = 2**33  # bytes of an archive's member, unpacked
 
 
@@ -79,8 +81,13 @@ def parse_args(words):
         need(0 <= args.held_out < 0.5, f"--held-out {args.held_out}: give a share from 0 to 0.5")
         counts = ("max_tokens", "batch_size", "max_seq_length", "max_per_chat")
         need(min(getattr(args, name) for name in counts) > 0, f"each of {', '.join(counts)} must be 1 or more")
-        for source in args.sources:
-            need(Path(source).exists(), f"there is no {source}")
+        args.out = Path(args.out)
+        need(not args.out.is_file(), f"--out {args.out} is a file")
+        need(all(args.sources), "a source is an empty word")
+        for source in map(Path, args.sources):
+            need(source.exists(), f"there is no {source}")
+            inside = args.out.resolve() in (source.resolve(), *source.resolve().parents)
+            need(not inside, f"--out {args.out} holds the source {source}, which would move aside with it")
     return args
 
 
@@ -172,7 +179,8 @@ class Chat:
             answer = answer.get("content") or answer.get("value") if isinstance(answer, dict) else answer
             if isinstance(score, (int, float)) and isinstance(answer, str):
                 # not cleaned: a data set's <think> is part of its answers
-                self.nodes[self.add("assistant", "-", parent=asked, rating=score)]["text"] = answer.strip()
+                text = answer.encode("utf-8", "replace").decode().strip()
+                self.nodes[self.add("assistant", "-", parent=asked, rating=score)]["text"] = text
 
 
 def reads(source, test, log=False):
@@ -602,31 +610,49 @@ def find_files(sources):
     return sorted({file for files in found for file in files if file.is_file()})
 
 
-def open_members(stream, depth=0):
-    """Yield the stream of a file, or of each file in it where it is a .zip or .gz; raise ValueError at a bomb."""
+class Bounded(io.RawIOBase):
+    """A stream that raises ValueError where it goes beyond a limit, as an archive made to fill the memory does."""
+
+    def __init__(self, stream, limit):
+        self.stream, self.limit = stream, limit
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, *place):
+        return self.stream.seek(*place)
+
+    def readinto(self, buffer):
+        count = self.stream.readinto(buffer)
+        need(self.stream.tell() <= self.limit, f"it would unpack to more than {self.limit / 1e9:.2g} GB")
+        return count
+
+
+def open_members(stream, size, depth=0):
+    """Yield the stream of a file, or of each file in it where it is a .zip or .gz; raise ValueError at a bomb.
+
+    size: bytes of it on the disk, also where it comes out of another archive.
+    """
     head = stream.read(4)
-    size = stream.seek(0, os.SEEK_END)
-    if head[:2] == b"\x1f\x8b" and size > 4:
-        stream.seek(-4, os.SEEK_END)
-        check_member("its content", int.from_bytes(stream.read(4), "little"), size, depth)
-        stream.seek(0)
+    stream.seek(0)
+    bound = lambda packed: min(LIMIT, max(2**23, 200 * packed))
+    need(depth < 4, "archives within archives within archives")
+    if head[:2] == b"\x1f\x8b":
         with gzip.open(stream) as unpacked:
-            yield from open_members(unpacked, depth + 1)
+            yield from open_members(io.BufferedReader(Bounded(unpacked, bound(size))), size, depth + 1)
     elif head == b"PK\x03\x04":
         with zipfile.ZipFile(stream) as archive:
             for info in archive.infolist():
-                check_member(info.filename, info.file_size, info.compress_size, depth)
+                inside = not re.match(r"[/\\]|\w:", info.filename) and ".." not in re.split(r"[/\\]", info.filename)
+                need(inside, f"its member {info.filename} lies outside of it")
+                need(info.file_size <= bound(info.compress_size), f"its member {info.filename} is a bomb")
                 with archive.open(info) as member:
-                    yield from open_members(member, depth + 1)
+                    yield from open_members(member, info.compress_size, depth + 1)
     else:
-        stream.seek(0)
         yield stream
-
-
-def check_member(name, size, packed, depth):
-    need(not name.startswith(("/", "\\")) and ".." not in re.split(r"[/\\]", name), f"{name} lies outside of the archive")
-    bomb = size > max(2**26, 200 * packed) or size > LIMIT or depth > 3
-    need(not bomb, f"{name} would unpack to {size / 1e9:.1f} GB, {size // max(packed, 1)} times its size, level {depth}")
 
 
 def read_json(text):
@@ -639,7 +665,9 @@ def read_json(text):
 
 def read_values(stream, problems):
     """Yield the JSON values of a stream, one at a time: a list's elements, one value a line, or a single one."""
-    text = io.TextIOWrapper(stream, "utf-8-sig", errors="replace")
+    wide = stream.read(2) in (b"\xff\xfe", b"\xfe\xff")
+    stream.seek(0)
+    text = io.TextIOWrapper(stream, "utf-16" if wide else "utf-8-sig", errors="replace")
     head = text.read(2**16).lstrip()[:1]
     text.seek(0)
     if head == "[":
@@ -652,9 +680,12 @@ def read_values(stream, problems):
             return
         text.seek(0)
         for line in iter(lambda: text.readline(2**28), ""):
-            value = read_json(line)
-            problems["lines that are no JSON"] += value is None and line.strip() != ""
-            yield value
+            if not line.isspace():
+                value = read_json(line)
+                problems["lines that are no JSON"] += value is None
+                yield value
+    elif head:
+        problems["files that are no JSON"] += 1
 
 
 def read_list(text, problems):
@@ -674,8 +705,9 @@ def read_list(text, problems):
                 return
             buffer, at, size = buffer[at:] + more, 0, 2 * size
             continue
-        yield value
         size = 2**20
+        if isinstance(value, dict):
+            yield value
 
 
 def read_database(path, stream):
@@ -684,13 +716,15 @@ def read_database(path, stream):
         copy = Path(folder, "copy.db")
         with open(copy, "wb") as file:
             shutil.copyfileobj(stream, file)
-        if os.path.exists(f"{path}-wal"):  # what the program that has it open has not yet put into it
-            shutil.copy(f"{path}-wal", f"{copy}-wal")
+        for end in ("-wal", "-journal"):  # what the program that has it open is about to put into it, or take back
+            if os.path.exists(f"{path}{end}"):
+                shutil.copy(f"{path}{end}", f"{copy}{end}")
         with closing(sqlite3.connect(copy)) as db:
             db.row_factory, db.text_factory = sqlite3.Row, lambda raw: raw.decode("utf-8", "replace")
             tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
             name, of = ("sessions", "session_id") if "sessions" in tables else ("chats", "chat_id")
             need({name, "messages"} <= tables, "it holds neither Hermes' sessions nor Ollama's chats")
+            db.execute(f"CREATE INDEX of_chat ON messages ({of})")
             for row in map(dict, db.execute(f"SELECT * FROM {name}")):
                 found = db.execute(f"SELECT * FROM messages WHERE {of} = ? ORDER BY rowid", (row["id"],))
                 head = row | {"session_id": row["id"], "session_start": 0}
@@ -710,28 +744,29 @@ class Chats:
         self.won, self.tied = defaultdict(set), defaultdict(set)  # answer: those that it was preferred to, was equal to
 
     def read(self, path):
-        """Read a file, and the files in an archive; what is wrong with one is counted, and printed for an archive."""
+        """Read a file, and the files in an archive; one that cannot be read is named and counted."""
         try:
             with open(path, "rb") as stream:
-                for member in open_members(stream):
+                for member in open_members(stream, os.fstat(stream.fileno()).st_size):
                     head = member.read(16)
                     member.seek(0)
                     database = head == b"SQLite format 3\0"
                     self.take(read_database(path, member) if database else read_values(member, self.problems))
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, sqlite3.Error) as error:
+        except Exception as error:  # one damaged file, of whatever kind, must not stop the others
             self.problems["files that could not be read"] += 1
             print(f"{path}: {error}: passed over")
 
     def take(self, values):
         logs = {}
         for value in values:
-            self.dispatch(value, logs)
+            if isinstance(value, dict):
+                self.dispatch(value, logs)
         for chat in logs.values():
             self.keep(chat)
 
     def dispatch(self, record, logs):
         """Give a record to the first reader whose test it passes, or its elements, where it holds a list of records."""
-        for source, test, log, reader in READERS if isinstance(record, dict) else ():
+        for source, test, log, reader in READERS:
             try:
                 if not test(record):
                     continue
@@ -741,7 +776,7 @@ class Chats:
             except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
                 self.problems[f"records of {source} that could not be read"] += 1
             return
-        inner = [items(value) for value in record.values()] if isinstance(record, dict) else []
+        inner = [items(value) for value in record.values()]
         for element in sum(inner, []) if any(inner) and len(record) < 5 else []:
             self.dispatch(element, logs)
         self.problems["records of no known kind"] += not any(inner)
@@ -758,8 +793,8 @@ class Chats:
         if chat.skip or not chat.nodes:
             return
         chat.key, chat.leaf = name_of(chat.key), name_of(chat.leaf)
-        if not (chat.key or chat.forest):
-            chat.key = digest([node["text"] for node in chat.nodes.values()])
+        if not (chat.key or chat.forest):  # a data set's row is no snapshot of another
+            chat.key = len(self.chats) if chat.dataset else digest([node["text"] for node in chat.nodes.values()])
         known = self.chats.setdefault((chat.source, chat.key), chat)
         if chat.forest:
             for key, node in chat.nodes.items():
@@ -778,8 +813,9 @@ class Turns:
     answers}; each is a dict with key, text, time, model, rating, ids (of its branch), active, continued, order.
     """
 
-    def __init__(self, chat, rated):
-        self.chat, self.rated, self.nodes, self.histories, self.numbers = chat, rated, chat.nodes, [None], {}
+    def __init__(self, chat, rated, redactor):
+        self.chat, self.rated, self.redactor, self.nodes, self.said = chat, rated, redactor, chat.nodes, {}
+        self.histories, self.numbers = [None], {}
         self.order = {key: i for i, key in enumerate(self.nodes)}
         self.children, roots = defaultdict(list), []
         for key, node in self.nodes.items():
@@ -800,13 +836,19 @@ class Turns:
             self.histories.append(step)
         return self.numbers[step]
 
+    def message(self, role, text):
+        """Return a redacted message; the same one each time, since a history stands in many prompts."""
+        if (role, text) not in self.said:
+            self.said[role, text] = {"role": role, "content": self.redactor(text)}
+        return self.said[role, text]
+
     def messages(self, history, prompt):
         """Return a history and a prompt after it as messages, without the turns that were not answered."""
-        found = [{"role": "user", "content": prompt}]
-        while history:
+        found = [self.message("user", prompt)]
+        while history and len(found) <= HISTORY:
             history, asked, answer = self.histories[history]
             if answer is not None:
-                found += [{"role": "assistant", "content": answer}, {"role": "user", "content": asked}]
+                found += [self.message("assistant", answer), self.message("user", asked)]
         return found[::-1]
 
     def walk(self, root):
@@ -890,23 +932,25 @@ def judge(answers, turns, chats):
 
 
 STRONG = re.compile(
-    r"""^\W*(?:(?:no|nope|nah|wrong|incorrect|not\ quite|that'?s\ not|that\ is\ not|this\ is\ not|not\ what\ i)\b
-    (?!\s+(?:problem|worries|need|rush|wait|thanks|thank|idea|doubt|more|one|longer|matter))
-    |that'?s\ (?:wrong|incorrect|false)\b|(?:i|we)\s+(?:said|asked|told\s+you|clearly|explicitly)\b
-    |you\s+(?:forgot|missed|ignored|misread|misunderstood|didn'?t|did\s+not|skipped|left\s+out|made\s+a\s+mistake
-    |got\s.{0,20}wrong)
+    r"""^\W*(?:(?:no|nope|nah|wrong|incorrect|not\ quite|not\ what\ i)\b(?!\W+(?:problem|worries|need|rush|wait
+    |thanks|thank|idea|doubt|more|one|longer|matter|further|other|all|sure|answers|that'?s\ all)\b)
+    |(?:that|this|it)(?:'?s|\ is)\ (?:not|wrong|incorrect|false)\b(?!\s+(?:bad|a\s+(?:bad|problem)|an\s+issue|too|all))
+    |(?:i|we)\s+(?:said|asked)\b(?!\s+(?:my|him|her|them|an?|some|that|so|it|around)\b)
+    |(?:i|we)\s+(?:clearly|explicitly)\b
+    |you\s+(?:forgot|missed|ignored|misread|misunderstood|skipped|left\s+out|made\s+a\s+mistake|got\s.{0,20}wrong)\b
+    (?!\s+nothing)
+    |you\s+(?:didn'?t|did\s+not)\s+(?:answer|say|tell|give|mention|include|use|follow|read|add|do|fix|address)\b
     |(?:it\s+|that\s+)?still\s+(?:wrong|fail|broken|doesn'?t|does\s+not|not\s+working|the\s+same)
     |(?:try|do\ it|check|redo|rewrite)\ (?:it\ )?again\b)""", re.I | re.X,
 )  # fmt: skip
 OWN_FAULT = re.compile(
     r"\b(i\s+(mis\w+|made\s+a|meant\s+to|was\s+wrong|should\s+have)|my\s+(bad|mistake|fault|typo)|scratch\s+that|typo"
-    r"|wrong\s+(window|chat|tab)|ignore\s+(that|my)|not\s+saying|nothing\s+wrong"
-    r"|no\s+(problem|worries|need|rush|thanks?))\b",
-    re.I,
+    r"|wrong\s+(window|chat|tab)|ignore\s+(that|my)|not\s+saying|nothing\s+wrong|all\s+good|well\s+done"
+    r"|no\W+(problem|worries|need|rush|thanks?))\b", re.I,
 )  # fmt: skip
 DENIAL = re.compile(
-    r"\b(wrong|incorrect|false|not\s+(true|right|correct|the\s+case)|mistaken?|forgot|missed|misread|misunderstood"
-    r"|still)\b",
+    r"\b(wrong|incorrect|false|not\s+(true|right|correct|the\s+case|an\s+answer|what\s+i)|mistaken?|forgot|missed"
+    r"|misread|misunderstood|still)\b",
     re.I,
 )  # fmt: skip
 THANKS = re.compile(r"^\W*(thanks|thank you|ty|perfect|great|exactly|yes|good|works|that works|👍)", re.I)
@@ -923,9 +967,13 @@ COMMON = set(
 )
 
 
+def straight(text):
+    return text.replace("’", "'")
+
+
 def is_correction(text):
     """Whether a turn says that the answer before it was wrong, as section by section of the patterns above."""
-    text = re.sub(r"```.*?```|^>.*$", "", text.replace("’", "'"), flags=re.S | re.M)[:400]
+    text = re.sub(r"```.*?```|^>.*?$", "", straight(text), flags=re.S | re.M)[:400]
     return bool(STRONG.search(text)) and not OWN_FAULT.search(text)
 
 
@@ -943,61 +991,66 @@ def corrections(turns):
         user = next(iter(answers.values()))["user"]
         asked, said = turns.nodes[user]["text"], turns.at[user]
         before = turns.at.get(turns.nodes[user]["parent"])
-        if len(answers) != 1 or not before or before[2] is None or before[3] or before[4] or not is_correction(asked):
+        if len(answers) != 1 or not before or None in before[:3] or before[3] or before[4] or not is_correction(asked):
             continue
         first, [good] = turns.nodes[before[0]]["text"], answers.values()
-        bad, text = turns.nodes[before[2]], APOLOGY.sub("", good["text"])
+        bad, text = turns.nodes[before[2]], good["text"]
+        while sorry := APOLOGY.match(straight(text)):
+            text = text[sorry.end() :]
         later = [turns.nodes[key]["text"] for key in following[good["key"]]]
         about = DENIAL.search(asked) or words(asked) & words(first)
         if "instead" in asked.lower() and words(asked) - words(first) - {"instead"}:
             about = None  # what the prompt did not say, an answer to it can only guess
-        mended = not (REFUSAL.match(text) or text.rstrip().endswith("?") or any(map(is_correction, later)))
+        mended = not (REFUSAL.match(straight(text)) or text.rstrip().endswith("?") or any(map(is_correction, later)))
         if about and mended and text and not is_correction(first) and before[1] is not None and said[1] is not None:
             share = 1 if any(map(THANKS.match, later)) else 0.5
             yield thread, before[1], first, good | {"text": text}, bad, share
 
 
-def make_rows(chats, args):
-    """Return (rows, unpaired rows, rows that have only a good answer) of all chats."""
+def make_rows(chats, redactor, args):
+    """Return (rows, unpaired rows, rows that have only a good answer) of all chats, redacted."""
     rows, unpaired, singles = [], [], []
     for chat in chats.chats.values():
-        turns = Turns(chat, chats.rated)
+        turns, last = Turns(chat, chats.rated, redactor), None
 
-        def row(history, prompt, thread, chosen, rejected, signal, share):
-            moment = when(chosen["time"])
-            created = datetime.fromtimestamp(moment, timezone.utc).isoformat() if moment else None
-            thread = digest(thread) if chat.dataset else str(thread)
-            sides = [[{"role": "assistant", "content": side["text"]}] if side else None for side in (chosen, rejected)]
-            return {
-                "prompt": turns.messages(history, prompt), "chosen": sides[0], "rejected": sides[1], "signal": signal,
-                "weight": round(WEIGHTS[signal] * share, 3), "source": chat.source, "conversation_id": thread,
-                "created": created, "model": chosen.get("model"),
-            }  # fmt: skip
+        def row(thread, history, prompt, chosen, rejected, signal, share=1):
+            moment, sides = when(chosen["time"]), [side["text"] for side in (chosen, rejected) if side]
+            found = {
+                "prompt": turns.messages(history, prompt),
+                **{name: [turns.message("assistant", text)] for name, text in zip(("chosen", "rejected"), sides)},
+                "signal": signal,
+                "weight": round(WEIGHTS[signal] * share, 3),
+                "source": chat.source,
+                "conversation_id": digest(thread) if chat.dataset else str(thread),
+                "created": datetime.fromtimestamp(moment, timezone.utc).isoformat() if moment else None,
+                "model": redactor(chosen.get("model")),
+                "gone": max(map(redactor.gone, sides)),
+                "voted": {(id(chat), side["key"]) for side in (chosen, rejected) if side and signal != "correction"},
+            }
+            return redactor.row(found)
 
-        last = None
         for (thread, history, _), answers in turns.answers.items():
             answers = list(answers.values())
-            prompt, paired = turns.nodes[answers[0]["user"]]["text"], set()
-            for chosen, rejected, signal, share in judge(answers, turns, chats):
-                rows.append(row(history, prompt, thread, chosen, rejected, signal, share))
-                paired |= {chosen["key"], rejected["key"]} if signal in ("comparison", "rating") else set()
+            place = thread, history, turns.nodes[answers[0]["user"]]["text"]
+            rows += [row(*place, *judged) for judged in judge(answers, turns, chats)]
             for a in answers if not chat.dataset or chat.facts.get("unpaired") else []:
-                single = row(history, prompt, thread, a, None, "dataset" if chat.dataset else "rating", 1)
-                if a["rating"] and a["key"] not in paired:
-                    unpaired.append(single | {"label": a["rating"] > 0})
-                last = single if chat.good else last
-        singles += [last | {"signal": "generated", "weight": WEIGHTS["generated"]}] if last else []
+                if a["rating"]:
+                    alone = row(*place, a, None, "dataset" if chat.dataset else "rating")
+                    unpaired.append(alone | {"label": a["rating"] > 0})
+            last = (*place, answers[-1], None, "generated")
+        singles += [row(*last)] if chat.good and last else []
         if args.corrections:
-            for thread, history, prompt, *both, share in corrections(turns):
-                rows.append(row(history, prompt, thread, *both, "correction", share))
-    good = [row | {"signal": "generated", "weight": WEIGHTS["generated"]} for row in unpaired if row["label"]]
-    return rows, unpaired, singles + good
+            rows += [row(*found[:-1], "correction", found[-1]) for found in corrections(turns)]
+    used = set().union(*(row["voted"] for row in rows))
+    good = [row for row in unpaired if row["label"] and not row["voted"] & used]
+    return rows, unpaired, singles + [row | {"signal": "generated", "weight": WEIGHTS["generated"]} for row in good]
 
 
 # ---------------------------------------------------------------------------------------------------------- redaction
 
 KEYS = re.compile(  # what begins as only a key does; https://github.com/gitleaks/gitleaks has more of them
-    r"\b(?:sk-ant-[\w-]{20,}|sk-(?:proj-|svcacct-|admin-|or-v1-)?[A-Za-z0-9_-]{16,}|gsk_\w{20,}|xai-\w{30,}|r8_\w{20,}"
+    r"(?:\b|(?<=\\[nrt]))"
+    r"(?:sk-ant-[\w-]{20,}|sk-(?:proj-|svcacct-|admin-|or-v1-)?[A-Za-z0-9_-]{16,}|gsk_\w{20,}|xai-\w{30,}|r8_\w{20,}"
     r"|pplx-\w{20,}|hf_[A-Za-z]{30,}|AIza[\w-]{35}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{60,}|xox[abposr]-[\w-]{10,}"
     r"|gl(?:pat|dt|ft|rt|cbt|ptt|soat|agent)-[\w.-]{20,}|npm_[A-Za-z0-9]{36}|pypi-[\w-]{50,}|dop_v1_[a-f0-9]{64}"
     r"|(?:A3T[A-Z0-9]|AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}"
@@ -1005,26 +1058,37 @@ KEYS = re.compile(  # what begins as only a key does; https://github.com/gitleak
     r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{8,})|https://hooks\.slack\.com/\S+"
     r"|-----BEGIN[ A-Z0-9_-]{0,100}PRIVATE KEY-----[\s\S]*?(?:-----END[ A-Z0-9_-]*-----|$)"
 )
+UNMARKED = r"(?!\[[A-Z]+_\d)"  # not what has become a mark already
+NAMED = r"(?i)(?:api[_-]?key|secret|token|passw(?:or)?d|passwd|pwd|credential|auth(?!or|ent))[\w.-]{0,30}[\"']?\s{0,3}"
 ASSIGNED = (
-    r"(?i)(?:api[_-]?key|secret|token|passw(?:or)?d|passwd|pwd|credential|auth)[\w.-]*[\"']?\s*(?:[:=]|\bis\b)\s*[\"']?"
-    r"(?!xxx|<|\$\{|os\.environ|process\.env|example|changeme|\[SECRET)([^\s\"'&,;]{8,})"
+    r"[:=]\s{0,3}[\"']?(?!xxx|<|\$\{|os\.environ|process\.env|example|changeme)" + UNMARKED +
+    r"(?!(?:bearer|basic|token)\s|[\w.]+[(\[])([^\s\"'&]{7,}[^\s\"'&,;.)])"
 )
 IN_ADDRESS = (
     r"(?i)[?&](?:(?:access_|refresh_|id_)?token|api_key|client_secret|password|code|sig(?:nature)?"
-    r"|x-(?:amz|goog)-signature)=([^\s&\"']+)"
+    r"|x-(?:amz|goog)-signature)=" + UNMARKED + r"([^\s&\"']+)"
+)
+AUTHORIZATION = (
+    r"(?i)authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?:bearer|basic|token)\s+" + UNMARKED + r"([^\s\"']+)"
 )
 PRIVATE = [  # mark, pattern; what its group (all of it, without one) matches is replaced
     ("SECRET", KEYS),
-    ("SECRET", re.compile(r"://[^\s:/@]+:([^\s@/]+)@")),
-    ("SECRET", re.compile(r"(?i)authorization:\s*(?:bearer|basic|token)\s+([^\s\"']+)")),
+    ("SECRET", re.compile(r"://[^\s:/@]{0,99}:" + UNMARKED + r"([^\s@/]{1,99})@")),
+    ("SECRET", re.compile(AUTHORIZATION)),
     ("SECRET", re.compile(IN_ADDRESS)),
-    ("SECRET", re.compile(ASSIGNED)),
-    ("EMAIL", re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)*\.[A-Za-z]{2,}\b")),
-    ("HOME", re.compile(r"(?:/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s\"':]+")),
+    ("SECRET", re.compile(NAMED + ASSIGNED)),
+    ("SECRET", re.compile(NAMED + r"is\s+[\"']?((?=[^\s\"']*\d)[^\s\"'&]{7,}[^\s\"'&,;.)])")),
+    ("EMAIL", re.compile(r"\b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,4}\.[A-Za-z]{2,24}\b")),
+    ("HOME", re.compile(r"(?:(?<![\w.])/(?:home|Users)/|[A-Za-z]:[\\/]{1,2}Users[\\/]{1,2})[^/\\\s\"':]+")),
     ("IBAN", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b")),
-    ("CARD", re.compile(r"\b(?:\d[ -]?){12,18}\d\b")),
-    ("PHONE", re.compile(r"\+\d[\d ()-]{7,}\d")),
+    ("CARD", re.compile(r"\b\d(?:[ -]?\d){12,18}\b")),
+    ("PHONE", re.compile(r"\+\d[\d ().-]{7,24}\d")),
 ]  # fmt: skip
+
+
+@lru_cache(None)
+def has_key(text):
+    return bool(KEYS.search(text))
 
 
 def is_card(text):
@@ -1033,34 +1097,62 @@ def is_card(text):
     return sum(digits[::2]) % 10 == -sum(sum(divmod(2 * d, 10)) for d in digits[1::2]) % 10
 
 
-class Redactor:
-    """Puts a mark in the place of what is private: the same one wherever the same value stands."""
+def is_account(text):
+    """Whether a text passes the check of account numbers (ISO 13616)."""
+    text = text.replace(" ", "")
+    return int("".join(str(int(c, 36)) for c in text[4:] + text[:4])) % 97 == 1
 
-    def __init__(self):
-        self.marks, self.counts = {}, Counter()
+
+class Redactor:
+    """Puts a mark in the place of what is private, the same one wherever a value stands; off: changes nothing."""
+
+    def __init__(self, off=False):
+        self.off, self.known, self.marks, self.counts = off, {}, defaultdict(dict), Counter()
+        self.secrets = {}  # {redacted text: {secret: its mark}}
 
     def __call__(self, text):
-        for mark, pattern in PRIVATE:
-            text = pattern.sub(partial(self.mark, mark), text)
-        return text
+        if self.off or not isinstance(text, str):
+            return text
+        if text not in self.known:
+            secrets, changed = {}, text
+            for kind, pattern in PRIVATE:
+                changed = pattern.sub(partial(self.mark, kind, secrets), changed)
+            self.known[text] = changed
+            if secrets:
+                self.secrets[changed] = secrets
+        return self.known[text]
 
-    def mark(self, kind, found):
-        value = found.group(found.re.groups) if found.re.groups else found.group()
-        if kind == "CARD" and not is_card(value):
+    def mark(self, kind, secrets, found):
+        value = found.group(found.re.groups)
+        if kind == "IBAN" and not is_account(value):
             return found.group()
+        if kind == "CARD":  # what follows a card's number may look like more of it
+            ends = [i for i in range(len(value), 12, -1) if not value[i : i + 1].isdigit()]
+            value = next((value[:i] for i in ends if is_card(value[:i])), None)
+            if value is None:
+                return found.group()
         self.counts[kind] += 1
-        number = self.marks.setdefault((kind, value), 1 + sum(known == kind for known, _ in self.marks))
-        return found.group().replace(value, "~" if kind == "HOME" else f"[{kind}_{number}]")
+        mark = "~" if kind == "HOME" else f"[{kind}_{self.marks[kind].setdefault(value, len(self.marks[kind]) + 1)}]"
+        if kind == "SECRET":
+            secrets[value] = mark
+        return found.group().replace(value, mark)
 
+    def row(self, row):
+        """Return a row in which its secrets are gone, too, where they stand without what gave them away elsewhere."""
+        sides = [name for name in ("prompt", "chosen", "rejected") if name in row]
+        secrets = {}
+        for message in sum([row[name] for name in sides], []):
+            secrets |= self.secrets.get(message["content"], {})
+        for name in sides if secrets else ():
+            row[name] = [dict(message) for message in row[name]]
+            for message, (value, mark) in itertools.product(row[name], secrets.items()):
+                message["content"] = message["content"].replace(value, mark)
+        return row
 
-def redact(row, redactor):
-    """Replace what is private in a row's texts; return whether more than 0.3 of a side is gone."""
-    gone = 0
-    for message in [*row["prompt"], *row["chosen"], *(row["rejected"] or [])]:
-        before, message["content"] = message["content"], redactor(message["content"])
-        kept = len(re.sub(r"\[(?:SECRET|EMAIL|IBAN|CARD|PHONE)_\d+\]", "", message["content"]))
-        gone = max(gone, 1 - kept / len(before)) if message["role"] == "assistant" else gone
-    return gone > 0.3
+    def gone(self, text):
+        """Return the share of a text that marks stand for."""
+        kept = len(re.sub(r"\[(?:SECRET|EMAIL|IBAN|CARD|PHONE)_\d+\]", "", self(text)))
+        return 1 - kept / max(len(text), 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -1091,7 +1183,7 @@ def why_not(row, too_long):
         return "nearly equal answers"
     if min(len(good), len(bad)) < 0.1 * max(len(good), len(bad)):
         return "one answer ten times as long"
-    if REFUSAL.match(good) and not REFUSAL.match(bad):
+    if REFUSAL.match(straight(good)) and not REFUSAL.match(straight(bad)):
         return "a refusal as the better answer"
     if None not in scripts and scripts[0] == scripts[2] != scripts[1]:
         return "a better answer in another script"
@@ -1100,32 +1192,39 @@ def why_not(row, too_long):
     return "too long for the model" if too_long(row) else None
 
 
-def select(rows, redactor, too_long, args):
+def leads(worse, start, end):
+    """Whether worse, {answer: {answers worse than it: ...}}, leads from start to end."""
+    seen, todo = set(), [start]
+    while todo and end not in seen:
+        found = set(worse.get(todo.pop(), ())) - seen
+        seen |= found
+        todo += found
+    return end in seen
+
+
+def select(rows, too_long, args):
     """Return the rows that pass, strongest signals first in each conversation, and a Counter of why others did not."""
-    dropped, kept, sides, count = Counter(), [], {}, Counter()
-    for row in sorted(rows, key=lambda row: -row["weight"]):
-        gone = redactor and redact(row, redactor)
-        reason = "more than 0.3 of an answer redacted" if gone else why_not(row, too_long)
-        prompt = json.dumps([plain(m["content"]) for m in row["prompt"]])
+    dropped, kept, worse, count = Counter(), {}, defaultdict(lambda: defaultdict(dict)), Counter()
+    for number, row in enumerate(sorted(rows, key=lambda row: -row["weight"])):
+        reason = "more than 0.3 of an answer redacted" if row.pop("gone", 0) > 0.3 else why_not(row, too_long)
+        known = worse[tuple(message["content"] for message in row["prompt"])]
         good, bad = plain(row["chosen"][0]["content"]), plain(row["rejected"][0]["content"])
-        chat = (row["source"], row["conversation_id"])
-        known = sides.get((prompt, good, bad))
-        if not reason and known:
-            reason = "a pair that is there already"
-        elif not reason and (other := sides.get((prompt, bad, good))):  # the stronger signal stays; of equal ones none
+        chat, other = (row["source"], row["conversation_id"]), known[bad].get(good)
+        if not reason and bad in known[good]:
+            reason = "a duplicate"
+        elif not reason and leads(known, bad, good):  # the stronger signal stays; of two equal ones none
             reason = "a contradiction"
-            if other["weight"] == row["weight"] and other in kept:
-                kept.remove(other)
+            if other in kept and kept[other]["weight"] == row["weight"]:
+                del kept[other]
                 dropped[reason] += 1
         elif not reason and count[chat] >= args.max_per_chat:
             reason = f"more than {args.max_per_chat} pairs of a conversation"
         if reason:
             dropped[reason] += 1
         else:
-            sides[prompt, good, bad] = row
-            kept.append(row)
+            known[good][bad], kept[number] = number, row
             count[chat] += 1
-    return kept, dropped
+    return list(kept.values()), dropped
 
 
 def length_check(args):
@@ -1148,9 +1247,11 @@ def generate_rejected(singles, args, done_file):
         from mlx_lm.sample_utils import make_sampler
 
         model, tokenizer = mlx_lm.load(args.generate_rejected)
-    done_file.touch()
-    known = [read_json(line) for line in done_file.read_text(encoding="utf-8").splitlines()]
-    known = dict(pair for pair in known if isinstance(pair, list) and len(pair) == 2)
+    with blame(done_file, "choose another --out"):
+        done_file.parent.mkdir(parents=True, exist_ok=True)
+        done_file.touch()
+        known = [read_json(line) for line in done_file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    known = dict(pair for pair in known if len(items(pair, str)) == 2)
     name = lambda row: digest([args.generate_rejected, args.seed, args.max_tokens, row["prompt"]])
     rest = [row for row in singles if name(row) not in known]
     for at in range(0, len(rest), args.batch_size):
@@ -1163,7 +1264,7 @@ def generate_rejected(singles, args, done_file):
             for row, text in zip(batch, found):
                 whole = len(tokenizer.encode(text, add_special_tokens=False)) < args.max_tokens - 1
                 known[name(row)] = text if whole else ""  # an answer that was cut teaches only length
-                file.write(json.dumps([name(row), known[name(row)]]) + "\n")
+                file.write("\n" + json.dumps([name(row), known[name(row)]]))  # after a line that a kill may have cut
         progress("answering", at + len(batch), len(rest))
     return [row | {"rejected": [{"role": "assistant", "content": known[name(row)]}]} for row in singles]
 
@@ -1182,7 +1283,7 @@ def split(rows, args):
 
     def find(name):
         while home.setdefault(name, name) != name:
-            name = home[name]
+            home[name] = name = home.setdefault(home[name], home[name])  # shorter for the next one
         return name
 
     for row in rows:
@@ -1223,7 +1324,7 @@ def make_report(rows, dropped, parts, problems, unpaired, redactor, args):
     kinds = Counter((r["source"], r["signal"]) for r in rows)
     lines += ["## Source and signal", table(kinds, "source", "signal", "pairs")]
     lines += ["## Left out", table(dropped, "why", "pairs"), "## Not read", table(problems, "what", "count")]
-    lines += ["## Redacted", table(redactor.counts, "what", "places") if redactor else "nothing: --no-redact"]
+    lines += ["## Redacted", table(redactor.counts, "what", "places")]
     lines += ["## Models", table(Counter(r["model"] or "unknown" for r in rows), "model", "pairs")]
     if corrected := [r for r in rows if r["signal"] == "correction"]:
         lines += ["## Corrections, to be read: they are guesses", *map(sample, corrected)]
@@ -1237,56 +1338,69 @@ def sample(row):
     return f"- {row['signal']}, {row['source']}\n  - prompt: {prompt}\n  - chosen: {good}\n  - rejected: {bad}"
 
 
-def write(folder, parts, unpaired, report, redacted):
-    """Write all files beside the folder, then put them in its place; an older one moves aside. Exit if it has a key."""
-    lines = {f"{name}.jsonl": part for name, part in {**parts, "unpaired": unpaired}.items() if part}
-    files = {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part) for name, part in lines.items()}
-    files["report.md"] = report
-    for name, text in files.items() if redacted else ():
-        if KEYS.search(text):
-            sys.exit(f"{folder}: nothing was written: something like a key is left in {name}")
+def write(folder, parts, report, redacted):
+    """Write all files beside the folder, then put them in its place, an older one aside. Exit if a key is left."""
     with blame(folder, "choose another --out"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-unfinished-", dir=folder.parent))
-        for name, text in files.items():
-            (unfinished / name).write_text(text, encoding="utf-8")
+    try:
+        for name, rows in parts.items():
+            with open(unfinished / f"{name}.jsonl", "w", encoding="utf-8", errors="replace") as file:
+                for row in rows:
+                    messages = sum([row.get(part, []) for part in ("prompt", "chosen", "rejected", "completion")], [])
+                    left = redacted and any(has_key(message["content"]) for message in messages)
+                    need(not left, f"something like a key is left in {name}.jsonl")
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        need(not (redacted and has_key(report)), "something like a key is left in the report")
+        (unfinished / "report.md").write_text(report, encoding="utf-8", errors="replace")
         unfinished.chmod(0o755)
         if folder.exists():
             older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
             print(f"The earlier {folder} is now {folder.rename(older)}")
         unfinished.rename(folder)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        sys.exit(f"{folder}: {error}: nothing was written")
+
+
+def is_output(path, folder):
+    """Whether a file lies in an output of this script: the folder of this run, an older one or an unfinished one."""
+    own = re.compile(re.escape(folder.name) + r"(-\d+|-unfinished-\w+|\.generated\.jsonl)?")
+    places, home = [path.resolve(), *path.resolve().parents], folder.resolve().parent
+    return any(own.fullmatch(place.name) and place.parent == home for place in places)
 
 
 def main():
     args, chats = parse_args(sys.argv[1:]), Chats()
-    redactor, folder = None if args.no_redact else Redactor(), Path(args.out)
+    redactor, folder = Redactor(args.no_redact), args.out
     if args.no_redact:
         print("warning: --no-redact: keys, passwords, e-mails, numbers go into the files, and a model can learn them")
-    paths = [path for path in find_files(args.sources) if folder.resolve() not in path.resolve().parents]
+    paths = [path for path in find_files(args.sources) if not is_output(path, folder)]
     for done, path in enumerate(paths, 1):
         chats.read(path)
         progress("reading", done, len(paths))
-    rows, unpaired, singles = make_rows(chats, args)
+    rows, unpaired, singles = make_rows(chats, redactor, args)
     if args.generate_rejected and singles and not args.dry_run:
-        for row in singles if redactor else ():
-            redact(row, redactor)
         rows += generate_rejected(singles, args, Path(f"{args.out}.generated.jsonl"))
-    rows, dropped = select(rows, redactor, length_check(args), args)
-    for row in unpaired if redactor else ():
-        redact(row, redactor)
-    names = {"prompt": "prompt", "chosen": "completion", "label": "label", "signal": "signal"}
-    unpaired = [{new: row[old] for old, new in names.items()} for row in unpaired]
-    if not (rows or unpaired):
+    rows, dropped = select(rows, length_check(args), args)
+    alone, names = [], {"prompt": "prompt", "chosen": "completion", "label": "label", "signal": "signal"}
+    used, count = set().union(*(row.pop("voted") for row in rows)), Counter()
+    for row in [row for row in unpaired if not row["voted"] & used]:
+        count[row["source"], row["conversation_id"]] += 1
+        if count[row["source"], row["conversation_id"]] <= args.max_per_chat:
+            alone.append({new: row[old] for old, new in names.items()})
+    if not (rows or alone):
         looked = "choices between two answers, ratings, regenerated answers, data sets' pairs"
         more = "" if args.corrections else "; --corrections looks for corrected answers, too"
         why = "; ".join(f"{count} {reason}" for reason, count in [*dropped.items(), *chats.problems.items()] if count)
         sys.exit(f"no pair in {len(paths)} files: looked for {looked}{more}. {why}")
     parts = split(rows, args)
-    report = make_report(rows, dropped, parts, chats.problems, unpaired, redactor, args)
-    print(report)
+    report = make_report(rows, dropped, parts, chats.problems, alone, redactor, args)
     if not args.dry_run:
-        write(folder, parts, unpaired, report, redactor is not None)
-        print(f"Next: python dpo_trainer.py --data {folder} --model ...")
+        parts = {name: part for name, part in {**parts, "unpaired": alone}.items() if part}
+        write(folder, parts, report, not args.no_redact)
+        report += f"\nNext: python dpo_trainer.py --data {folder} --model ..."
+    print(report)
 
 
 if __name__ == "__main__":

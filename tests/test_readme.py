@@ -6,6 +6,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import build_dpo_pairs
 import dpo_trainer
 import simpo_trainer
 
@@ -28,7 +29,7 @@ def test_the_gate_runs_the_readmes_commands():
 
 
 def test_the_file_table_counts_lines():
-    rows = re.findall(r"^\| `([\w/.-]+)` \| [^|]* \| ([\d,]+) \|$", README, re.M)
+    rows = re.findall(r"^\| `([\w/.-]+\.py)` \| [^|]* \| ([\d,]+) \|$", README, re.M)
     assert dict(rows).keys() >= {path.name for path in ROOT.glob("*.py")} | {"data/make_tiny_chat.py"}
     for name, count in rows:
         assert len((ROOT / name).read_text().splitlines()) == int(count.replace(",", "")), name
@@ -46,7 +47,7 @@ def test_every_command_line_parses(script, monkeypatch):
         assert args.model and args.data
 
 
-@pytest.mark.parametrize("script", TRAINERS)
+@pytest.mark.parametrize("script", [*TRAINERS, "build_dpo_pairs.py"])
 def test_every_option_is_named(script):
     for option in re.findall(r'^    add\((?:"-c", )?"(--[\w-]+)"', (ROOT / script).read_text(), re.M):
         assert re.search(rf"{option}\b", README), option
@@ -54,4 +55,4 @@ def test_every_option_is_named(script):
 
 def test_every_function_that_it_names_is_there():
     for name in re.findall(r"`(\w+)`", "".join(re.findall(r"^\| [^|]+ \| (`\w+`.*)", README.split("## Which")[1], re.M))):
-        assert name in ("step", "train") or any(hasattr(script, name) for script in TRAINERS.values()), name
+        assert name in ("step", "train") or any(hasattr(script, name) for script in (*TRAINERS.values(), build_dpo_pairs)), name
