@@ -11,6 +11,7 @@ import builtins
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 
@@ -53,8 +54,13 @@ def defined_name(node):
 
 def definitions(path):
     """Return {name: (first line, last line, text)} of a script's functions, classes and constants."""
-    lines, found = path.read_text().splitlines(), {}
-    for node in ast.parse("\n".join(lines)).body:
+    return definitions_in(path.read_text())
+
+
+@lru_cache
+def definitions_in(text):
+    lines, found = text.splitlines(), {}
+    for node in ast.parse(text).body:
         if name := defined_name(node):
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
             while lines[first - 2].startswith("#") and not lines[first - 2].startswith("# ---"):
@@ -66,8 +72,13 @@ def definitions(path):
 
 def imports(path):
     """Return {name: the import that brings it} of a script's module level."""
+    return imports_in(path.read_text())
+
+
+@lru_cache
+def imports_in(text):
     found = {}
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(text).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in node.names:
                 name = alias.asname or alias.name.split(".")[0]
