@@ -342,7 +342,7 @@ def encode_pair(tokenizer, messages, chosen, rejected, tools=None):
 
 
 def encode_pairs(tokenizer, pairs, limit):
-    """Return the pairs as {"prompt", "chosen", "rejected": token ids, "weight"}; print what was shortened or skipped.
+    """Return the pairs as {"prompt", "chosen", "rejected": token ids, "weight", "place"}; print what was left out.
 
     A pair of more than limit tokens loses its oldest turns (a system message stays), never a part of an answer.
     """
@@ -358,7 +358,8 @@ def encode_pairs(tokenizer, pairs, limit):
                 break
         shortened, long, moved = shortened + (fits and start > first), long + (not fits), max(moved, moves)
         if fits and ids[1] != ids[2]:
-            kept.append(dict(zip(("prompt", "chosen", "rejected"), ids), weight=pair["weight"]))
+            names = ("prompt", "chosen", "rejected")
+            kept.append(dict(zip(names, ids), weight=pair["weight"], place=pair["place"]))
     if shortened or len(kept) < len(pairs):
         equal = len(pairs) - len(kept) - long
         print(f"{shortened} pairs shortened to --max-seq-length, {long} skipped as too long, {equal} as equal")
@@ -461,6 +462,8 @@ class KeyedDropout(nn.Dropout):
 class Checkpointed:
     """Mixed into a model's layers, keeps their inputs only, a PrefixCache's among them, and computes the rest twice."""
 
+    is_checkpointed = True
+
     def __call__(self, *args, **kwargs):
         given = dict(zip(inspect.signature(super().__call__).parameters, args)) | kwargs
         cache = next((x for x in given.values() if isinstance(x, PrefixCache)), PrefixCache())
@@ -547,7 +550,7 @@ def in_chunks(score, model, batch, *states):
     """
     targets, mask = batch["rows"][:, 1:], batch["mask"]
     step = max(1, CHUNK // (len(targets) * head_logits(model, states[0][:, :1], batch).shape[-1]))
-    if model.training and not isinstance(model.layers[0], Checkpointed):
+    if model.training and not getattr(model.layers[0], "is_checkpointed", False):
         step = len(targets[0])  # where every layer's activations are kept, the logits are not what fills the memory
 
     def score_part(part, *states):

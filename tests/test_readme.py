@@ -8,6 +8,7 @@ from conftest import ROOT
 
 import build_dpo_pairs
 import dpo_trainer
+import eval_prefs
 import simpo_trainer
 
 TRAINERS = {"dpo_trainer.py": dpo_trainer, "simpo_trainer.py": simpo_trainer}
@@ -47,7 +48,7 @@ def test_every_command_line_parses(script, monkeypatch):
         assert args.model and args.data
 
 
-@pytest.mark.parametrize("script", [*TRAINERS, "build_dpo_pairs.py"])
+@pytest.mark.parametrize("script", [*TRAINERS, "build_dpo_pairs.py", "eval_prefs.py"])
 def test_every_option_is_named(script):
     for option in re.findall(r'^    add\((?:"-c", )?"(--[\w-]+)"', (ROOT / script).read_text(), re.M):
         assert re.search(rf"{option}\b", README), option
@@ -55,4 +56,4 @@ def test_every_option_is_named(script):
 
 def test_every_function_that_it_names_is_there():
     for name in re.findall(r"`(\w+)`", "".join(re.findall(r"^\| [^|]+ \| (`\w+`.*)", README.split("## Which")[1], re.M))):
-        assert name in ("step", "train") or any(hasattr(script, name) for script in (*TRAINERS.values(), build_dpo_pairs)), name
+        assert name in ("step", "train") or any(hasattr(script, name) for script in (*TRAINERS.values(), build_dpo_pairs, eval_prefs)), name

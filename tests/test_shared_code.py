@@ -23,15 +23,18 @@ ALGORITHM = re.compile(r"\b_?(dpo|simpo)(?![a-z])", re.I)
 
 TRAINERS = ("dpo_trainer.py", "simpo_trainer.py")
 SHARED = {  # the scripts that a name is in, and nowhere else
-    ("dpo_trainer.py", "build_dpo_pairs.py", "simpo_trainer.py"): ["need", "blame"],
+    ("dpo_trainer.py", "build_dpo_pairs.py", "eval_prefs.py", "simpo_trainer.py"): ["need", "blame"],
+    ("dpo_trainer.py", "eval_prefs.py"): ["fingerprint", "add_reference"],
+    ("dpo_trainer.py", "eval_prefs.py", "simpo_trainer.py"): """
+        BAR number read_rows load_pairs read_pair to_messages encode_pair encode_pairs
+        PAD CHUNK SHARE PrefixCache padded_widths make_batch response_states head_logits in_chunks
+        THREADS HEADER ROW FORWARD BACKWARD fused_log_softmax token_logps token_kl completion_logps
+        install sorted_batches own_part sum_all is_exact differ settle_sharing
+    """.split(),
     TRAINERS: """
-        ADAPTER OPTIMIZERS YAML_BLOCKS BAR number schedule settle_adapter config_words
-        read_rows load_pairs read_pair to_messages load_splits encode_pair encode_pairs
-        PAD CHUNK SHARE PrefixCache FusedLoRA lean_swiglu lean_swiglu_vjp KeyedDropout Checkpointed padded_widths
-        make_batch response_states head_logits in_chunks THREADS HEADER ROW FORWARD BACKWARD fused_log_softmax
-        token_logps token_kl completion_logps
-        trainable_parameters pack unpack lighten install sorted_batches own_part sum_all is_exact differ settle_sharing
-        padding_share mean_metrics evaluate plan_updates make_optimizer train
+        ADAPTER OPTIMIZERS YAML_BLOCKS schedule settle_adapter config_words load_splits
+        FusedLoRA lean_swiglu lean_swiglu_vjp KeyedDropout Checkpointed
+        trainable_parameters pack unpack lighten padding_share mean_metrics evaluate plan_updates make_optimizer train
         prepare load_model gradients_differ check_folder start_folder save_weights report run
     """.split(),
 }
@@ -191,11 +194,11 @@ def test_a_difference_is_named_and_fixed(tmp_path):
 def test_fix_copies_from_the_dpo_trainer_and_leaves_what_is_own(tmp_path):
     source, other = copies(tmp_path)
     before, mains = other.read_text(), definitions(other)["main"]
-    source.write_text(source.read_text().replace("def number(", "def number(  # told\n    ", 1))
+    source.write_text(source.read_text().replace("def schedule(", "def schedule(  # told\n    ", 1))
     command = [sys.executable, str(ROOT / "tests" / "test_shared_code.py"), "--fix", str(tmp_path)]
     shown = subprocess.run(command, capture_output=True, text=True)
-    assert shown.stdout == "simpo_trainer.py: number\n" and shown.returncode == 0, shown
-    assert other.read_text() == before.replace("def number(", "def number(  # told\n    ", 1) != before
+    assert shown.stdout == "simpo_trainer.py: schedule\n" and shown.returncode == 0, shown
+    assert other.read_text() == before.replace("def schedule(", "def schedule(  # told\n    ", 1) != before
     assert definitions(other)["main"][2] == mains[2] != definitions(source)["main"][2]
     assert differences(tmp_path) == [] and fix(tmp_path) == []
 
