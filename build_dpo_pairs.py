@@ -156,7 +156,8 @@ class Chat:
     def __init__(self, source):
         self.source, self.key, self.updated, self.leaf, self.last, self.nodes = source, None, 0, None, None, {}
         self.dataset = self.good = self.skip = self.forest = False
-        self.chosen, self.facts = {}, {}  # {prompt's key: the answer that was taken of two}; what a reader notes
+        # {prompt's key: (the answer that was taken, all that were shown to choose from)}; what a reader notes
+        self.chosen, self.facts = {}, {}
 
     def add(self, role, text="", key=None, parent=False, state="", time=None, model=None, **facts):
         """Add a node after parent (False: after the last one), make it the last; return its key."""
@@ -217,7 +218,9 @@ def read_chatgpt(chat, r):
         parent = part(r["mapping"], key).get("parent")
         chat.add(role, text, key, parent, state, message.get("create_time"), meta.get("model_slug"))
         if meta.get("paragen_variants_info") or meta.get("paragen_variant_choice"):
-            chat.chosen[key] = name_of(meta.get("paragen_variant_choice"))
+            count = part(meta, "paragen_variants_info").get("num_variants_in_stream")
+            shown = items(part(r["mapping"], key).get("children"), str)[: count if type(count) is int else 2]
+            chat.chosen[key] = name_of(meta.get("paragen_variant_choice")), set(shown)
 
 
 @reads("chatgpt", lambda r: r.get("rating") and r.get("conversation_id") and (r.get("message_id") or r.get("id")))
@@ -271,7 +274,7 @@ def read_claude_code(chat, r):
     if role == "assistant" and text and before.get("mid") == mid and before["text"] and not before["state"]:
         text = before["text"] + "\n\n" + text  # a message is a record for each of its blocks
     state = state_of("image" in kinds, cut, "tool_use" in kinds)
-    facts = {"mid": mid, "thread": name_of(r.get("sessionId"))}
+    facts = {"mid": mid, "thread": name_of(part(r, "forkedFrom").get("sessionId") or r.get("sessionId"))}
     chat.add(role, text, r["uuid"], parent, state, r.get("timestamp"), message.get("model"), **facts)
 
 
@@ -333,7 +336,10 @@ def read_hermes(chat, r):
     chat.skip = r.get("source") in ("cron", "batch", "tool", "subagent", "kanban")
     for m in items(r["messages"]):
         (text, more), role, calls = hermes_text(m.get("content")), m.get("role"), m.get("tool_calls")
-        if any(map(m.get, ("compacted", "observed", "_compressed_summary"))) or text.startswith("[CONTEXT COMPACTION"):
+        if m.get("observed"):
+            continue
+        if m.get("_compressed_summary") or text.startswith("[CONTEXT COMPACTION"):
+            live, rewound = chat.add("user", "-", None, live, "blind"), {}  # later prompts rest on it unseen
             continue
         hidden = m.get("display_kind") in ("hidden", "async_delegation_complete", "auto_continue", "model_switch")
         harness = role == "user" and (hidden or INJECTED.match(text.lstrip()))
@@ -341,7 +347,7 @@ def read_hermes(chat, r):
         state = state_of(more, cut, role == "assistant" and calls not in (None, "", "[]", "null", []))
         rest = (state, m.get("timestamp"), r.get("model"))
         rating = reaction(m.get("display_metadata"))
-        if m.get("active") != 0:
+        if m.get("active") != 0 or m.get("compacted"):
             live, rewound = chat.add(role, text, None, live, *rest, rating=rating), {}
         else:  # taken back: the same prompt once more starts where it stood before, anything else goes on from there
             parent = rewound.get(text, rewound.get(None, live)) if role == "user" else chat.last
@@ -822,7 +828,7 @@ class Turns:
             inside = node["parent"] in self.nodes and node["parent"] != key
             (self.children[node["parent"]] if inside else roots).append(key)
         self.at, self.answers, self.continued, self.active = {}, defaultdict(dict), set(), set()
-        self.threads = defaultdict(list)
+        self.threads, self.held = defaultdict(list), {}
         for root in roots:
             self.walk(root)
         for keys in self.threads.values():
@@ -861,7 +867,11 @@ class Turns:
             # the prompt that it belongs to, the history of that, the last text since, whether more must follow, is cut
             user, history, last, call, cut = self.at.get(node["parent"], (None, 0, None, False, False))
             if node["role"] == "user":
-                self.continued.add(last)
+                before = {last, *self.held.get(user, ())}
+                if node["state"] == "cut":  # the program's own words: whether the person goes on is seen after them
+                    self.held[key] = before
+                else:
+                    self.continued |= before
                 if user is not None and history is not None:
                     whole = last is not None and not (call or cut)
                     answer = self.nodes[last]["text"] if whole else None
@@ -904,13 +914,17 @@ class Turns:
 def judge(answers, turns, chats):
     """Yield (chosen, rejected, signal, share of the weight): of a prompt's answers the best against each worse one."""
     chat = turns.chat
-    choices = {chat.chosen[a["user"]] for a in answers if a["user"] in chat.chosen}
     for a in answers:
         a["active"], a["continued"] = a["key"] in turns.active, a["key"] in turns.continued
 
+    def shown(a, b):
+        """Return which answer was taken where these two were shown to choose from, else False."""
+        choice, heads = chat.chosen.get(a["user"], (None, set()))
+        return choice if a["user"] == b["user"] and heads & a["ids"] and heads & b["ids"] else False
+
     def beats(a, b):
-        taken = any(choice in a["ids"] - b["ids"] for choice in choices)
-        return taken or any(chats.won[i] & b["ids"] for i in a["ids"] if i in chats.won)
+        mine, others = a["ids"] - b["ids"], b["ids"] - a["ids"]
+        return shown(a, b) in mine or any(chats.won[i] & others for i in mine if i in chats.won)
 
     def place(a):
         votes = sum(beats(a, b) - beats(b, a) for b in answers)
@@ -919,7 +933,7 @@ def judge(answers, turns, chats):
     best, *rest = sorted(answers, key=place, reverse=True)
     for other in rest[:RIVALS]:
         up, down = best["rating"] or 0, other["rating"] or 0
-        tied = any(chats.tied[i] & other["ids"] for i in best["ids"] if i in chats.tied) or choices == {None}
+        tied = any(chats.tied[i] & other["ids"] for i in best["ids"] if i in chats.tied) or shown(best, other) is None
         if beats(best, other):
             yield best, other, "comparison", 1
         elif up != down or chat.dataset:
@@ -1258,12 +1272,12 @@ def generate_rejected(singles, args, done_file):
         batch = rest[at : at + args.batch_size]
         mx.random.seed(int(name(batch[0])[:8], 16))
         ids = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in batch]
-        settings = {"max_tokens": args.max_tokens, "sampler": make_sampler(temp=0.8)}
-        found = mlx_lm.batch_generate(model, tokenizer, ids, **settings).texts
+        settings = {"max_tokens": args.max_tokens, "sampler": make_sampler(temp=0.8), "return_token_ids": True}
+        found = mlx_lm.batch_generate(model, tokenizer, ids, **settings)
         with open(done_file, "a", encoding="utf-8") as file:
-            for row, text in zip(batch, found):
-                whole = len(tokenizer.encode(text, add_special_tokens=False)) < args.max_tokens - 1
-                known[name(row)] = text if whole else ""  # an answer that was cut teaches only length
+            for row, text, tokens in zip(batch, found.texts, found.token_ids):
+                # an answer that was cut teaches only length
+                known[name(row)] = text if len(tokens) < args.max_tokens else ""
                 file.write("\n" + json.dumps([name(row), known[name(row)]]))  # after a line that a kill may have cut
         progress("answering", at + len(batch), len(rest))
     return [row | {"rejected": [{"role": "assistant", "content": known[name(row)]}]} for row in singles]

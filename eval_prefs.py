@@ -25,10 +25,11 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 import urllib.request
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def parse_args(words):
     add("--seed", type=number(int, 0), default=0, help="of samples and intervals (default: %(default)s)")
     with blame(Path(__file__).name, "--help lists all options"):
         args = parser.parse_args(words)
-        need(not args.hard or args.hard[0].isdigit(), "--hard takes a number and a file")
+        need(not args.hard or (args.hard[0].isdecimal() and int(args.hard[0])), "--hard takes a number and a file")
         need(not args.judge or args.generate, "--judge needs answers: --generate N")
         names = [Path(path).name for path in args.adapter_path]
         need(len(set(names)) == len(names) and "base" not in names, "give each adapter's folder a name of its own")
@@ -103,7 +104,8 @@ def parse_args(words):
     for path in args.adapter_path:
         with blame(path, "name a folder with adapters.safetensors and adapter_config.json"):
             need(Path(path, "adapters.safetensors").exists(), "there is no adapter")
-            args.configs[Path(path).name] = json.loads(Path(path, "adapter_config.json").read_text())
+            args.configs[Path(path).name] = config = json.loads(Path(path, "adapter_config.json").read_text())
+            need(isinstance(config, dict), "its adapter_config.json is none")
     bases = {config.get("model") for config in args.configs.values()} - {None}
     for base in bases - {args.model} if args.model else ():
         print(f"warning: an adapter was trained on {base}, and is measured on {args.model}")
@@ -730,14 +732,13 @@ def summarize_model(scores, base, lengths, seed):
 
 
 def answer(model, tokenizer, prompts, args, temperature=0.0):
-    """Return [(token ids, whether it ended by itself)] of one answer to each prompt (token ids)."""
+    """Return [(token ids without the end, whether it ended by itself)] of one answer to each prompt (token ids)."""
     found = []
     mx.random.seed(args.seed)
     for i in tqdm(range(0, len(prompts), args.batch_size), desc="answering", **BAR):
-        settings = {"max_tokens": args.max_tokens, "sampler": make_sampler(temp=temperature)}
-        texts = mlx_lm.batch_generate(model, tokenizer, prompts[i : i + args.batch_size], **settings).texts
-        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        found += [(row, len(row) < args.max_tokens - 1) for row in ids]
+        settings = {"max_tokens": args.max_tokens, "sampler": make_sampler(temp=temperature), "return_token_ids": True}
+        rows = mlx_lm.batch_generate(model, tokenizer, prompts[i : i + args.batch_size], **settings).token_ids
+        found += [(row, len(row) < args.max_tokens) for row in rows]
     return found
 
 
@@ -751,12 +752,9 @@ def sampled_kl(model, tokenizer, weights, initial, pairs, args):
     """Return KL(adapter || base) a token on the adapter's own sampled answers, two to each of --samples prompts."""
     prompts = [pair["prompt"] for pair in pairs[: args.samples]]
     both = answer(install(model, weights), tokenizer, prompts * 2, args, temperature=1.0)
-    rows = [
-        {"prompt": prompt, "chosen": one[0], "rejected": two[0], "weight": 1.0}
-        for prompt, one, two in zip(prompts, both[: len(prompts)], both[len(prompts) :])
-        if one[0] and two[0]
-    ]
-    need(rows, "it answers nothing")
+    both = [ids + [tokenizer.eos_token_id] * ended for ids, ended in both]  # the end is a choice, too
+    sides = zip(prompts, both, both[len(prompts) :])
+    rows = [{"prompt": prompt, "chosen": one, "rejected": two, "weight": 1.0} for prompt, one, two in sides]
     tokens = sum(len(row["chosen"]) + len(row["rejected"]) for row in rows)
     return score_pairs(model, weights, initial, rows, args)[:, 2].sum() / tokens
 
@@ -795,7 +793,7 @@ def make_judge(args):
             try:
                 request = urllib.request.Request(f"{args.judge.rstrip('/')}/chat/completions", body, headers)
                 with urllib.request.urlopen(request, timeout=120) as reply:
-                    return json.load(reply)["choices"][0]["message"]["content"]
+                    return str(json.load(reply)["choices"][0]["message"]["content"])
             except Exception as error:
                 problem = f"{args.judge}: {' '.join(str(error).split())[:200]}"
         raise ConnectionError(problem)
@@ -803,23 +801,33 @@ def make_judge(args):
     return ask
 
 
-def judge_answers(ask, prompts, ours, base):
-    """Return Counter of "won", "lost", "tied", "unclear" and "first" over the answers, each pair in both orders.
+def verdict(reply):
+    """Return "A", "B" or "TIE" as a judge's reply says, "" where it says neither or both."""
+    if re.search(r"\btie\b", reply, re.I):
+        return "TIE"
+    letters = set(re.findall(r"\b[AB]\b", reply)) if len(reply.strip()) > 1 else {reply.strip().upper()}
+    return letters.pop() if len(letters) == 1 and letters <= {"A", "B"} else ""
 
-    won: ours was taken in both orders, or in one and a tie in the other; first: how often the answer shown first was.
+
+def judge_answers(ask, prompts, ours, base):
+    """Return Counter of "won", "lost", "tied", "unclear" and "first" over the answers, and the problem that ended it.
+
+    Each pair is shown in both orders. won: ours was taken in both, or in one and a tie in the other; first: how often
+    the answer shown first was.
     """
     found = Counter()
     for prompt, mine, other in zip(tqdm(prompts, desc="judging", **BAR), ours, base):
-        score = 0
-        for sign, (a, b) in ((1, (mine, other)), (-1, (other, mine))):
-            said = re.search(r"\b(A|B|TIE)\b", ask(QUESTION.format(prompt=prompt, a=a, b=b)).upper())
-            word = said.group() if said else "unclear"
-            found["first"] += word == "A"
-            found["verdicts"] += word in "AB"
-            found["unclear"] += word == "unclear"
-            score += sign * {"A": 1, "B": -1}.get(word, 0)
+        try:
+            texts = [QUESTION.format(prompt=prompt, a=a, b=b) for a, b in ((mine, other), (other, mine))]
+            words = [verdict(ask(text)) for text in texts]
+        except ConnectionError as error:
+            return found, str(error)
+        found["first"] += words.count("A")
+        found["verdicts"] += words.count("A") + words.count("B")
+        found["unclear"] += words.count("")
+        score = (words[0] == "A") - (words[0] == "B") - (words[1] == "A") + (words[1] == "B")
         found["won" if score > 0 else "lost" if score < 0 else "tied"] += 1
-    return found
+    return found, None
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -827,7 +835,8 @@ def judge_answers(ask, prompts, ours, base):
 
 def to_table(heads, rows):
     """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [heads, ["---"] * len(heads), *rows])
+    cell = lambda value: str(value).replace("|", "\\|")
+    return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in [heads, ["---"] * len(heads), *rows])
 
 
 def between(value, limits, digits=2):
@@ -873,7 +882,7 @@ def write_report(found, scores, rows, lengths, extra, args):
     total = lengths.sum(1)
     bucket = np.digitize(total, np.percentile(total, (25, 50, 75)))
     groups = {"length": [f"quarter {i + 1}" for i in bucket]}
-    groups |= {name: [row.get(name) or "none" for row in rows] for name in ("source", "signal")}
+    groups |= {name: [str(row.get(name) or "none") for row in rows] for name in ("source", "signal")}
     for what, names in groups.items():
         if len(set(names)) > 1:
             kinds, names = sorted(set(names)), np.array(names)
@@ -913,7 +922,7 @@ def draw(folder, curves, scores, base):
         for ax, (metric, label) in zip(axes, wanted.items()):
             for name, records in curves.items():
                 split = "valid" if metric == "kl" else "train"
-                points = [(r["step"], r[metric]) for r in records if r["split"] == split and metric in r]
+                points = [(r["step"], r[metric]) for r in records if r.get("split") == split and metric in r]
                 marker = "o" if split == "valid" else ""
                 ax.plot([x for x, _ in points], [y for _, y in points], color=paint[name], label=name, marker=marker)
             ax.set(xlabel="update", title=label)
@@ -969,16 +978,17 @@ def show_answers(answers, asked, tokenizer, args):
     if args.judge:
         ask, rows = make_judge(args), []
         for name in [name for name in said if name != "base"]:
-            try:
-                found = judge_answers(ask, prompts, said[name], said["base"])
+            found, problem = judge_answers(ask, prompts, said[name], said["base"])
+            if problem:
+                count = found["won"] + found["lost"] + found["tied"]
+                lines += [f"{name}: {len(asked) - count} of {len(asked)} answers are not judged: {problem}"]
+                print(lines[-1])
+            if found:
                 first = found["first"] / max(found["verdicts"], 1)
                 rows += [[name, *(found[key] for key in ("won", "lost", "tied", "unclear")), f"{first:.2f}"]]
-            except ConnectionError as error:
-                print(f"{error}: {name} is not judged")
-                lines += [f"{name} is not judged: {error}"]
         heads = ["model", "won against base", "lost", "tied", "unclear replies", "share of the answer shown first"]
         lines += [f"Judge: {args.judge}, each pair in both orders.", to_table(heads, rows)] if rows else []
-    cut = lambda text: " ".join(text.split())[:200].replace("|", "\\|")
+    cut = lambda text: " ".join(text.split())[:200]
     return lines + [to_table(["prompt", *said], [map(cut, row) for row in zip(prompts, *said.values())])]
 
 
@@ -998,35 +1008,41 @@ def write_hard(hard, margins, pairs, messages, rows):
 
 def read_known(file):
     """Return {pair's key: {model's key: its numbers}} of an earlier run's pairs.jsonl, as far as it goes."""
-    known = {}
+    known, is_number = {}, lambda value: type(value) in (int, float)
     with suppress(OSError):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, KeyError, TypeError):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError, AttributeError):
                 row = json.loads(line)
-                known[row["key"]] = {found["key"]: found for found in row["models"].values()}
+                models = [m for m in row["models"].values() if is_number(m["chosen"]) and is_number(m["rejected"])]
+                known[row["key"]] = {m["key"]: [m["chosen"], m["rejected"], m["kl"]] for m in models}
     return known
 
 
 def write_pairs(file, pairs, scores, keys):
     """Write a record a pair, with every model's numbers so far, whole or not at all."""
     unfinished = file.with_name(f"unfinished-{file.name}")
-    with open(unfinished, "w", encoding="utf-8") as out:
+    with blame(file, "choose another --out"), open(unfinished, "w", encoding="utf-8") as out:
         for i, pair in enumerate(pairs):
-            models = {
-                name: {"key": keys[name], "chosen": found[i, 0], "rejected": found[i, 1], "kl": found[i, 2]}
-                for name, found in scores.items()
-                if not math.isnan(found[i, 0])
-            }
+            models = {}
+            for name, found in scores.items():
+                if not math.isnan(found[i, 0]):
+                    chosen, rejected, kl = found[i].tolist()
+                    kl = None if math.isnan(kl) else kl
+                    models[name] = {"key": keys[name], "chosen": chosen, "rejected": rejected, "kl": kl}
             lengths = {"chosen_tokens": len(pair["chosen"]), "rejected_tokens": len(pair["rejected"])}
             out.write(json.dumps({"key": pair["key"], "place": pair["place"], **lengths, "models": models}) + "\n")
         out.flush()
         os.fsync(out.fileno())
-    unfinished.replace(file)
+        unfinished.replace(file)
 
 
 def main():
     args = parse_args(sys.argv[1:])
     folder = Path(args.out)
+    with blame(folder, "choose another --out"):  # now, not after an hour
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        need(not any(Path(folder, name).is_dir() for name in ("report.md", "pairs.jsonl")), "it is no report's folder")
     messages = {pair["place"]: pair for pair in load_pairs(args, args.data, "test")}
     columns = dict(read_rows(args.data, "test"))
     with blame(args.model, "give a folder or a Hugging Face name"):
@@ -1034,11 +1050,10 @@ def main():
     pairs = encode_pairs(tokenizer, list(messages.values()), args.max_seq_length)
     args.share = settle_sharing(model, pairs)
     add_reference(model, pairs, args)
-    with blame(folder, "choose another --out"):
-        folder.mkdir(parents=True, exist_ok=True)
     base = np.array([pair["ref_logps"] for pair in pairs], np.float64)
     lengths = np.array([[len(pair["chosen"]), len(pair["rejected"])] for pair in pairs])
     scores, keys, file = {"base": np.c_[base, np.zeros(len(base))]}, {"base": "base"}, folder / "pairs.jsonl"
+    model_key = fingerprint(model)
     known, rows, extra, curves, answers = read_known(file), [columns[pair["place"]] for pair in pairs], [], {}, {}
     prompts = [pair["prompt"] for pair in pairs]
     asked = range(min(args.generate, len(pairs)))
@@ -1047,12 +1062,15 @@ def main():
     for path in args.adapter_path:
         name, text = Path(path).name, Path(path, "adapters.safetensors").read_bytes()
         config = args.configs[name]
-        keys[name] = hashlib.sha256(text + json.dumps([args.model, config]).encode()).hexdigest()[:32]
-        there = [known.get(pair["key"], {}).get(keys[name], {}) for pair in pairs]
-        before = np.array([[row.get(part, math.nan) for part in ("chosen", "rejected", "kl")] for row in there], float)
+        keys[name] = hashlib.sha256(text + json.dumps([model_key, config]).encode()).hexdigest()[:32]
+        there = [known.get(pair["key"], {}).get(keys[name], [None] * 3) for pair in pairs]
         keep = lambda found, name=name: write_pairs(file, pairs, scores | {name: found}, keys)
-        with blame(path, f"is it an adapter of {args.model}?"), adapter_in(model, path, config) as (own, initial):
-            scores[name] = score_pairs(model, own, initial, pairs, args, before, keep)
+        with ExitStack() as stack:
+            with blame(path, f"is it an adapter of {args.model}?"):
+                own, initial = stack.enter_context(adapter_in(model, path, config))
+            scores[name] = score_pairs(model, own, initial, pairs, args, np.array(there, float), keep)
+            with blame(path, "train it anew, with a lower --learning-rate"):
+                need(np.isfinite(scores[name][:, :2]).all(), "its log-probabilities are no numbers")
             keep(scores[name])
             install(model, own)
             if asked:
@@ -1061,7 +1079,8 @@ def main():
                 kl, count = sampled_kl(model, tokenizer, own, initial, pairs, args), min(args.samples, len(pairs))
                 extra += [f"KL({name} || base) on its own answers to {count} prompts: {kl:.4f} nats a token."]
         with suppress(OSError, ValueError):
-            curves[name] = [json.loads(line) for line in Path(path, "metrics.jsonl").read_text().splitlines()]
+            records = map(json.loads, Path(path, "metrics.jsonl").read_text().splitlines())
+            curves[name] = [record for record in records if isinstance(record, dict) and "step" in record]
     write_pairs(file, pairs, scores, keys)
     found = {name: summarize_model(part, base, lengths, args.seed) for name, part in scores.items()}
     if answers:

@@ -911,7 +911,8 @@ def answers(model, tokenizer, prompts, **options):
     import mlx.core as mx
 
     number = lambda: int(mx.random.randint(0, 10**6))
-    return SimpleNamespace(texts=[f"Nobody could ever say, case {number()}." for _ in prompts])
+    texts = [f"Nobody could ever say, case {number()}." for _ in prompts]
+    return SimpleNamespace(texts=texts, token_ids=[[7] * 9 for _ in prompts])
 
 
 def test_generated_by_a_model(tmp_path, tiny):
