@@ -1086,7 +1086,10 @@ def start_folder(folder, args):
             older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
             print(f"The earlier run in {folder} is now in {folder.rename(older)}")
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(dict(vars(args)), folder / "adapter_config.json")
+        config = dict(vars(args))
+        if lora := args.lora_parameters:  # mlx-lm goes by scale; others know PEFT's alpha
+            config["lora_parameters"] = {**lora, "alpha": lora["scale"] * lora["rank"]}
+        save_config(config, folder / "adapter_config.json")
         shutil.copy(__file__, folder)
 
 

@@ -805,29 +805,26 @@ def verdict(reply):
     """Return "A", "B" or "TIE" as a judge's reply says, "" where it says neither or both."""
     if re.search(r"\btie\b", reply, re.I):
         return "TIE"
-    letters = set(re.findall(r"\b[AB]\b", reply)) if len(reply.strip()) > 1 else {reply.strip().upper()}
-    return letters.pop() if len(letters) == 1 and letters <= {"A", "B"} else ""
+    letters = set(re.findall(r"\b[AB]\b", reply)) or {reply.strip(" .*\n").upper()}
+    return letters.pop() if letters in ({"A"}, {"B"}) else ""
 
 
-def judge_answers(ask, prompts, ours, base):
-    """Return Counter of "won", "lost", "tied", "unclear" and "first" over the answers, and the problem that ended it.
+def judge_answers(ask, prompts, ours, base, found=None):
+    """Count "won", "lost", "tied", "unclear", "first" and "verdicts" over the answers in found, and return it.
 
     Each pair is shown in both orders. won: ours was taken in both, or in one and a tie in the other; first: how often
-    the answer shown first was.
+    the answer shown first was, of all verdicts for one.
     """
-    found = Counter()
+    found = Counter() if found is None else found
     for prompt, mine, other in zip(tqdm(prompts, desc="judging", **BAR), ours, base):
-        try:
-            texts = [QUESTION.format(prompt=prompt, a=a, b=b) for a, b in ((mine, other), (other, mine))]
-            words = [verdict(ask(text)) for text in texts]
-        except ConnectionError as error:
-            return found, str(error)
+        texts = [QUESTION.format(prompt=prompt, a=a, b=b) for a, b in ((mine, other), (other, mine))]
+        words = [verdict(ask(text)) for text in texts]
         found["first"] += words.count("A")
         found["verdicts"] += words.count("A") + words.count("B")
         found["unclear"] += words.count("")
         score = (words[0] == "A") - (words[0] == "B") - (words[1] == "A") + (words[1] == "B")
         found["won" if score > 0 else "lost" if score < 0 else "tied"] += 1
-    return found, None
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -978,10 +975,12 @@ def show_answers(answers, asked, tokenizer, args):
     if args.judge:
         ask, rows = make_judge(args), []
         for name in [name for name in said if name != "base"]:
-            found, problem = judge_answers(ask, prompts, said[name], said["base"])
-            if problem:
+            found = Counter()
+            try:
+                judge_answers(ask, prompts, said[name], said["base"], found)
+            except ConnectionError as error:
                 count = found["won"] + found["lost"] + found["tied"]
-                lines += [f"{name}: {len(asked) - count} of {len(asked)} answers are not judged: {problem}"]
+                lines += [f"{name}: {len(asked) - count} of {len(asked)} answers are not judged: {error}"]
                 print(lines[-1])
             if found:
                 first = found["first"] / max(found["verdicts"], 1)

@@ -127,6 +127,7 @@ def test_config_and_weights(trained):
     expected = {"rank": 8, "scale": 20.0, "dropout": 0.0}
     if name == "4-bit":
         expected |= {"rank": 4, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
+    expected["alpha"] = expected["scale"] * expected["rank"]
     assert config["fine_tune_type"] == kind and config["num_layers"] == (1 if name == "bfloat16" else -1)
     assert config["lora_parameters"] == (None if kind == "full" else expected)
     assert config["model"] == str(model) and config["beta"] == 0.1 and config["iters"] == 6

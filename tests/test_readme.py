@@ -48,7 +48,7 @@ def test_every_command_line_parses(script, monkeypatch):
         assert args.model and args.data
 
 
-@pytest.mark.parametrize("script", [*TRAINERS, "build_dpo_pairs.py", "eval_prefs.py"])
+@pytest.mark.parametrize("script", [*TRAINERS, "build_dpo_pairs.py", "eval_prefs.py", "export_ollama.py"])
 def test_every_option_is_named(script):
     for option in re.findall(r'^    add\((?:"-c", )?"(--[\w-]+)"', (ROOT / script).read_text(), re.M):
         assert re.search(rf"{option}\b", README), option

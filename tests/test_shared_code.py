@@ -23,10 +23,11 @@ ALGORITHM = re.compile(r"\b_?(dpo|simpo)(?![a-z])", re.I)
 
 TRAINERS = ("dpo_trainer.py", "simpo_trainer.py")
 SHARED = {  # the scripts that a name is in, and nowhere else
-    ("dpo_trainer.py", "build_dpo_pairs.py", "eval_prefs.py", "simpo_trainer.py"): ["need", "blame"],
+    ("dpo_trainer.py", "build_dpo_pairs.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["need", "blame"],
+    ("dpo_trainer.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["BAR"],
     ("dpo_trainer.py", "eval_prefs.py"): ["fingerprint", "add_reference"],
     ("dpo_trainer.py", "eval_prefs.py", "simpo_trainer.py"): """
-        BAR number read_rows load_pairs read_pair to_messages encode_pair encode_pairs
+        number read_rows load_pairs read_pair to_messages encode_pair encode_pairs
         PAD CHUNK SHARE PrefixCache padded_widths make_batch response_states head_logits in_chunks
         THREADS HEADER ROW FORWARD BACKWARD fused_log_softmax token_logps token_kl completion_logps
         install sorted_batches own_part sum_all is_exact differ settle_sharing
