@@ -11,7 +11,8 @@ Export an adapter as a model for Ollama, llama.cpp and LM Studio, or as a LoRA f
     python export_ollama.py --adapter-path adapters --fuse --out my-model                for llama.cpp's own converter
 
 Input: what the trainers and mlx_lm.lora write, and the same base model as a GGUF (pip install gguf).
-W + scale * B A is written in the base's own types; K-quants, which cannot be written, become Q8_0 where W changed.
+W + scale * B A is written in the base's own type, or as Q8_0 where that has fewer bits: rounding to 4 bits takes away
+most of what a small update adds. What no adapter touches stays as it is.
 Another architecture is a line in ARCHITECTURES, once its logits were compared with llama.cpp's: names and the order of
 rows differ from one to the next.
 """
@@ -19,7 +20,6 @@ rows differ from one to the next.
 import argparse
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -44,7 +44,7 @@ ARCHITECTURES = {
     **{name: (name, False) for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "starcoder2")},
     **{"qwen2_moe": ("qwen2moe", False), "qwen3_moe": ("qwen3moe", False), "gemma3_text": ("gemma3", False)},
 }
-WRITABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+KEPT = ("F32", "F16", "BF16", "Q8_0")  # types of changed tensors; in coarser ones rounding would undo the adapter
 
 
 def need(condition, problem):
@@ -153,7 +153,9 @@ def open_gguf(path):
 
 def check_base(reader, tensors, arch, path):
     """Raise ValueError where a GGUF is not of the adapter's model; name the first three that differ."""
-    have = {t.name: tuple(int(n) for n in t.shape)[::-1] for t in reader.tensors}  # (..., out, in)
+    parts = reader.fields.get("split.count")
+    need(not parts or parts.contents() < 2, "it is one part of several: join them (llama-gguf-split --merge)")
+    have = {t.name: (1,) * (len(t.shape) == 1) + tuple(map(int, t.shape[::-1])) for t in reader.tensors}  # out, in
     said = reader.fields["general.architecture"].contents()
     need(said == arch, f"it is a {said} model, the adapter's is {arch}")
     for name, (a, b) in list(tensors.items()):
@@ -174,6 +176,8 @@ def copy_fields(reader, writer):
         if field.name != "general.architecture" and not field.name.startswith("GGUF."):
             kind = field.types[0]
             of = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            if of is not None and not len(field.data):
+                continue  # an empty list, which cannot be written
             writer.add_key_value(field.name, field.contents(), kind, sub_type=of)
 
 
@@ -181,18 +185,19 @@ def merged(tensor, a, b, scale, kind):
     """Return a tensor's data plus scale * B A, as kind; a part of its rows at a time, for the memory's sake."""
     import gguf
 
-    data = tensor.data.reshape(-1, *tensor.data.shape[-2:])
+    shape = tensor.data.shape
+    data = tensor.data.reshape(-1, *((1, *shape) if len(shape) == 1 else shape[-2:]))
     a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     parts = []
     for expert, down, up in zip(data, a, b):
         for i in range(0, len(expert), 4096):
             rows = gguf.dequantize(expert[i : i + 4096], tensor.tensor_type).astype(np.float32)
             parts.append(gguf.quantize(rows + scale * (up[i : i + 4096] @ down), kind))
-    return np.concatenate(parts).reshape(*tensor.data.shape[:-1], -1)
+    return np.concatenate(parts).reshape(*shape[:-1], -1)
 
 
 def merge(reader, tensors, scale, arch, target):
-    """Write the base with the adapter added to its tensors; return how many K-quants became Q8_0."""
+    """Write the base with the adapter added to its tensors; return how many became Q8_0."""
     import gguf
 
     changed, writer = 0, gguf.GGUFWriter(target, arch, endianess=reader.endianess)
@@ -201,7 +206,7 @@ def merge(reader, tensors, scale, arch, target):
     for t in reader.tensors:
         kinds[t.name] = t.tensor_type
         shape, dtype, size = t.data.shape, t.data.dtype, t.data.nbytes
-        if t.name in tensors and t.tensor_type.name not in WRITABLE:
+        if t.name in tensors and t.tensor_type.name not in KEPT:
             kinds[t.name], changed = gguf.GGMLQuantizationType.Q8_0, changed + 1
             dims = tuple(int(n) for n in t.shape)[::-1]
             shape = gguf.quant_shape_to_byte_shape(dims, kinds[t.name])
@@ -224,7 +229,7 @@ def write_lora(path, tensors, scale, arch, config):
     """Write the adapter as a GGUF of its own."""
     import gguf
 
-    tied = config.get("tie_word_embeddings", arch.startswith("gemma"))
+    tied = config.get("tie_word_embeddings", True)  # as mlx-lm takes it
     need(not (tied and "token_embd.weight" in tensors), "llama.cpp takes no LoRA of a tied embedding: merge instead")
     need(len({a.shape[-2] for a, _ in tensors.values()}) == 1, "its layers have several ranks")
     writer = gguf.GGUFWriter(path, arch)
@@ -269,11 +274,10 @@ def write_peft(folder, args):
 
 
 def fuse(args, folder):
-    """Write the merged, dequantized model, its tokenizer as it was, experts one by one; return the next command."""
+    """Write the merged, dequantized model, its tokenizer as it was, experts one by one, and a Modelfile."""
     source, words = find_model(args.model), [sys.executable, "-m", "mlx_lm", "fuse", "--dequantize"]
     words += ["--model", args.model, "--adapter-path", args.adapter_path, "--save-path", str(folder)]
-    done = subprocess.run(words)
-    need(done.returncode == 0, "mlx_lm fuse failed")
+    need(subprocess.run(words).returncode == 0, "mlx_lm fuse failed")
     for path in [*Path(source).glob("*token*"), *Path(source).glob("chat_template*")]:
         shutil.copy(path, folder)  # mlx-lm leaves out some, and names a class that older readers do not know
     for path in folder.glob("*.safetensors"):
@@ -281,7 +285,7 @@ def fuse(args, folder):
         if any("switch_mlp" in name for name in weights):
             mx.save_safetensors(str(path), unstack(weights, load_config(folder)["model_type"]), {"format": "mlx"})
             (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    return f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf"
+    (folder / "Modelfile").write_text("FROM ./model.gguf\n")
 
 
 def unstack(weights, kind):
@@ -305,8 +309,24 @@ def ask_ollama(name):
         need(shown.returncode == 0, shown.stderr or "ollama show failed")
         blob = re.search(r"^FROM (\S+)$", shown.stdout, re.M)
         need(blob and Path(blob[1]).exists(), "its Modelfile names no file")
-        lines = re.sub(r"^(#.*|FROM .*)\n", "", shown.stdout, flags=re.M)
-    return blob[1], lines.strip()
+        lines = shown.stdout.partition(blob[0])[2].strip()
+        need(not re.search(r"^ADAPTER ", lines, re.M), "it has an adapter already: take the model that it was made of")
+    return blob[1], lines
+
+
+@contextmanager
+def whole(folder):
+    """Give a folder to write in, which becomes this one at the end, and is gone where anything fails."""
+    with blame(folder, "choose another --out"):
+        need(not folder.exists(), "it is there already")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-unfinished-", dir=folder.parent))
+        try:
+            yield unfinished
+            unfinished.chmod(0o755)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def main():
@@ -317,11 +337,10 @@ def main():
             write_peft(Path(args.peft), args)
         print(f"Written: {args.peft}, for peft.PeftModel.from_pretrained")
     if args.fuse:
-        with blame(args.out, "choose another --out"):
-            need(not folder.exists(), "it is there already")
-            command = fuse(args, folder)
-            (folder / "Modelfile").write_text("FROM ./model.gguf\n")
-            print(f"Next: {command}\nthen: ollama create {folder.name} -f {folder}/Modelfile")
+        with whole(folder) as unfinished:
+            fuse(args, unfinished)
+        print(f"Next: python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf")
+        print(f"then: ollama create {folder.name} -f {folder}/Modelfile")
     if not (args.gguf or args.ollama or args.lora_gguf):
         return
     with blame("GGUF", "pip install gguf"):
@@ -338,15 +357,11 @@ def main():
     reader = open_gguf(args.gguf)
     with blame(args.gguf, "give the GGUF of the model that the adapter was trained on"):
         check_base(reader, tensors, arch, args.gguf)
-    with blame(args.out, "choose another --out"):
-        need(not folder.exists(), "it is there already")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as unfinished:
-            changed = merge(reader, tensors, scale, arch, os.path.join(unfinished, "model.gguf"))
-            Path(unfinished, "Modelfile").write_text(f"FROM ./model.gguf\n{lines}\n")
-            shutil.copytree(unfinished, folder, copy_function=os.rename)
+    with whole(folder) as unfinished:
+        changed = merge(reader, tensors, scale, arch, unfinished / "model.gguf")
+        (unfinished / "Modelfile").write_text(f"FROM ./model.gguf\n{lines}\n")
     size, was = ((Path(path).stat().st_size / 1e9) for path in (folder / "model.gguf", args.gguf))
-    note = f"; {changed} K-quants became Q8_0" if changed else ""
+    note = f", {changed} of them to Q8_0" if changed else ""
     print(f"Written: {folder}/model.gguf: {len(tensors)} tensors changed{note}, {was:.2f} -> {size:.2f} GB")
     print(f"Next: ollama create {folder.name} -f {folder}/Modelfile")
 
