@@ -20,6 +20,7 @@ rows differ from one to the next.
 import argparse
 import importlib.util
 import json
+import mmap
 import re
 import shutil
 import subprocess
@@ -188,12 +189,13 @@ def merged(tensor, a, b, scale, kind):
     shape = tensor.data.shape
     data = tensor.data.reshape(-1, *((1, *shape) if len(shape) == 1 else shape[-2:]))
     a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-    parts = []
-    for expert, down, up in zip(data, a, b):
-        for i in range(0, len(expert), 4096):
-            rows = gguf.dequantize(expert[i : i + 4096], tensor.tensor_type).astype(np.float32)
-            parts.append(gguf.quantize(rows + scale * (up[i : i + 4096] @ down), kind))
-    return np.concatenate(parts).reshape(*shape[:-1], -1)
+    first = gguf.quantize(gguf.dequantize(data[0, :1], tensor.tensor_type).astype(np.float32), kind)
+    found = np.empty((*data.shape[:2], first.shape[-1]), first.dtype)
+    for out, rows, down, up in zip(found, data, a, b):
+        for i in range(0, len(rows), 4096):
+            part = gguf.dequantize(rows[i : i + 4096], tensor.tensor_type).astype(np.float32)
+            out[i : i + 4096] = gguf.quantize(part + scale * (up[i : i + 4096] @ down), kind)
+    return found.reshape(*shape[:-1], -1)
 
 
 def merge(reader, tensors, scale, arch, target):
@@ -221,6 +223,7 @@ def merge(reader, tensors, scale, arch, target):
     for t in tqdm(reader.tensors, desc="merging", **BAR):
         data = merged(t, *tensors[t.name], scale, kinds[t.name]) if t.name in tensors else t.data
         writer.write_tensor_data(data, tensor_endianess=reader.endianess)
+        reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # what was read of the file is not read again
     writer.close()
     return changed
 
