@@ -1422,3 +1422,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except BrokenPipeError:  # the report went into head or less, which has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
