@@ -572,16 +572,16 @@ def read_pair_row(chat, r):
     chat.ranked(prompt, zip(sides, (r["score_chosen"], r.get("score_rejected")) if scored else (1, 0)))
 
 
-def is_labelled(r):
-    return ("messages" in r or "conversations" in r) and any(isinstance(value, bool) for value in r.values())
+def label_of(r):
+    """Return whether a row says that its answer is a good one; None where it says nothing: "pinned" is no label."""
+    return next((r[name] for name in ("label", "kto_tag") if isinstance(r.get(name), bool)), None)
 
 
-@reads("trl", lambda r: "prompt" in r and "completion" in r and isinstance(r.get("label"), bool))
-@reads("llama-factory", is_labelled)
+@reads("trl", lambda r: "prompt" in r and "completion" in r and label_of(r) is not None)
+@reads("llama-factory", lambda r: ("messages" in r or "conversations" in r) and label_of(r) is not None)
 def read_rated_row(chat, r):
     *prompt, last = items(r.get("messages") or r.get("conversations")) or [r.get("prompt"), r.get("completion")]
-    label = next(value for value in r.values() if isinstance(value, bool))
-    chat.ranked(prompt[0] if "completion" in r else prompt, [(last, 1 if label else -1)])
+    chat.ranked(prompt[0] if "completion" in r else prompt, [(last, 1 if label_of(r) else -1)])
     chat.facts["unpaired"] = True
 
 

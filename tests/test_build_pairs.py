@@ -1890,3 +1890,13 @@ def test_large_lines(tmp_path):
         file.write("".join(json.dumps(record) + "\n" for record in log.records[2:]))
     status, seconds, peak = measured([tmp_path / "big.jsonl"], tmp_path / "out", limit=200)
     assert status == 0 and seconds < 60 and peak < 500, (status, seconds, peak)
+
+
+def test_a_switch_is_no_label(tmp_path):
+    """Guards conversations of programs that nobody knows: "pinned": false made a rejected answer of what they hold."""
+    talk = [{"role": "user", "content": TOPICS[0].question}, {"role": "assistant", "content": TOPICS[0].a}]
+    rows = [{"messages": talk, "pinned": False}, {"messages": talk, "archived": True}, pair(1)]
+    done = run(save(tmp_path / "in.jsonl", rows), tmp_path / "out")
+    assert len(done.rows) == 1 and not done.unpaired
+    done = run(save(tmp_path / "in.jsonl", [*rows, {"messages": talk, "label": False}]), tmp_path / "more")
+    assert [row["label"] for row in done.unpaired] == [False]
