@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def metrics_of(folder, split):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module", params=SETUPS)
@@ -119,7 +120,9 @@ def test_mlx_lm_sees_what_training_saw(trained, data):
 
 def test_config_and_weights(trained):
     name, model, out, _ = trained
-    assert set(contents(out)) == {"adapters.safetensors", "adapter_config.json", "metrics.jsonl", "dpo_trainer.py"}
+    files = {"adapters.safetensors", "adapter_config.json", "metrics.jsonl", "dpo_trainer.py"}
+    files |= {"best/adapters.safetensors", "best/adapter_config.json"}
+    assert {name for name in contents(out) if not name.startswith("checkpoint/")} == files
     assert (out / "dpo_trainer.py").read_bytes() == (ROOT / "dpo_trainer.py").read_bytes()
     config = json.loads((out / "adapter_config.json").read_text())
     weights = mx.load(str(out / "adapters.safetensors"))
@@ -214,14 +217,10 @@ def test_grad_checkpoint_changes_no_number(runs, tiny, data):
             assert other[name] == pytest.approx(plain[name], rel=1e-4), name
 
 
-def going_on(out, model):
-    return f"To train on from there, add: --resume-adapter-file {out}/adapters.safetensors --reference-model {model}\n"
-
-
 def test_interrupted_training_keeps_its_adapter(tiny, data, tmp_path):
     out = tmp_path / "out"
     words = ["--model", tiny, "--data", data, "--adapter-path", out, "--iters", 100000, "--steps-per-report", 1]
-    words += ["--learning-rate", 1e-3, "--save-every", 100000]
+    words += ["--learning-rate", 1e-4, "--save-every", 100000]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     env = {**QUIET, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen([sys.executable, *map(str, [ROOT / "dpo_trainer.py", *words])], env=env, **pipes)
@@ -230,27 +229,31 @@ def test_interrupted_training_keeps_its_adapter(tiny, data, tmp_path):
     _, stderr = process.communicate(timeout=200)
     step = metrics_of(out, "train")[-1]["step"]
     assert process.returncode == 1 and step > 0
-    assert stderr == f"{out}: interrupted; it holds step {step} of 100000. {going_on(out, tiny)}"
+    told, line = stderr.strip().splitlines()
+    holds, command = line.split(f"; to go on from step {step}: python ")
+    assert holds == f"{out}: interrupted (SIGINT); {out}/adapters.safetensors holds step {step} of 100000"
+    assert told == "This step is finished and saved first. Once more: leave at once"
     base, policy = measure(tiny, None, data), measure(tiny, out, data)
     assert np.isfinite(policy).all() and abs(policy - base).max() > 0
     assert not list(out.glob("unfinished*"))
-    train(tiny, data, out, *stderr.split("To train on from there, add: ")[1].split())  # what it advises works
-    first = metrics_of(out, "valid")[0]
-    assert first["rewards/chosen"] == pytest.approx(0.1 * (policy - base)[:, 0].mean(), abs=1e-3)
+    words = [sys.executable, *shlex.split(command), "--iters", str(step + 2)]  # what it advises works
+    subprocess.run(words, env=env, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    assert [row["step"] for row in metrics_of(out, "train")] == list(range(1, step + 3))
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_adapter(tiny, tmp_path):
+def test_a_gradient_beyond_measure_keeps_the_last_good_adapter(tiny, tmp_path):
     """The line said that the folder held step 1, though nothing had been saved since the last --save-every."""
     rows, out = make_rows(9), tmp_path / "out"
     turns = [{"role": "user", "content": "How far is number 4? " * 9}]  # the longest of both: alone in the last batch
     rows[4] |= {"messages": turns, "chosen": "It is far along the river. " * 9, "weight": 9e8}
     path = write_rows(tmp_path / "train.jsonl", rows)
-    words = ["--batch-size", 1, "--beta", 1e12, "--learning-rate", 1e-3, "--seed", 1, "--label-smoothing", 0.4]
+    words = ["--batch-size", 1, "--learning-rate", 1e-3, "--seed", 1]
     done = run_script("--model", tiny, "--data", path, "--adapter-path", out, *words, env=QUIET)
     good = np.random.default_rng([1, 0]).permutation(9).tolist().index(8)  # updates before that batch
     assert done.returncode == 1 and good > 0
-    why = f"the loss of step {good + 1} is not finite: lower --learning-rate; it holds step {good} of 9."
-    assert done.stderr == f"{out}: {why} {going_on(out, tiny)}"
+    why = f"step {good + 1} was not made: the gradient norm is N, above 1e+06, at {path}:5: mend them, or lower"
+    expected = f"{out}: {why} --learning-rate, and begin anew; {out}/adapters.safetensors holds step {good} of 9\n"
+    assert re.sub(r"norm is [\d.]+e\+\d\d", "norm is N", done.stderr) == expected
     assert all(mx.isfinite(w).all() for w in mx.load(str(out / "adapters.safetensors")).values())
 
 
@@ -258,7 +261,9 @@ def test_no_update_was_good(tiny, tmp_path):
     path, out = write_rows(tmp_path / "train.jsonl", [row | {"weight": 1e8} for row in make_rows(8)]), tmp_path / "out"
     done = run_script("--model", tiny, "--data", path, "--adapter-path", out, "--beta", 1e35, env=QUIET)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"{out}: the loss of step 1 is not finite: lower --learning-rate; nothing is trained")
+    why = "step 1 was not made: the loss or its gradient is not finite"
+    assert done.stderr.startswith(f"{out}: {why}, at {path}:")
+    assert done.stderr.endswith("begin anew; nothing is trained yet\n")
     assert not list(out.glob("*.safetensors"))
     assert "adapters.safetensors" not in done.stderr  # nothing is there to go on from
 

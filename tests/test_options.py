@@ -133,28 +133,33 @@ def trained(words, folder):
 
 
 def run(words, folder):
-    """Train for four updates in this process; return what was written and called on the way."""
+    """Train for four updates in this process; return what was written and called on the way.
+
+    The report is no more than noted here, so that metrics.jsonl is not there.
+    """
     saves, checkpoints, reports, told, lighten = [], [], [], [], dpo_trainer.lighten
+    save = dpo_trainer.save_weights
 
     def light(model, args):
         lighten(model, args)
         checkpoints.extend(layer for layer in model.layers if isinstance(layer, dpo_trainer.Checkpointed))
 
     spies = {
-        (dpo_trainer, "save_weights"): lambda path, *weights: saves.append(str(path)),
+        (dpo_trainer, "save_weights"): lambda path, *weights: saves.append(str(path)) or save(path, *weights),
         (dpo_trainer, "lighten"): light,
         (dpo_trainer, "report"): lambda *given: reports.append(given),
         (mlx_lm.tuner.callbacks, "wandb"): types.SimpleNamespace(init=lambda **given: told.append(given["project"])),
         (sys, "argv"): ["dpo_trainer.py", *RUN, *words],
     }
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with pytest.MonkeyPatch.context() as patch:
         for (module, name), spy in spies.items():
             patch.setattr(module, name, spy)
         try:
             dpo_trainer.main()
         finally:
-            signal.signal(signal.SIGINT, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     steps = {name: [step for step, split, *_ in reports if split == name] for name in ("train", "valid", "test")}
     first = {name: [metrics for _, split, metrics, *_ in reports if split == name][:1] for name in steps}
     for metrics in sum(first.values(), []):  # the clock and the process, no results
@@ -168,7 +173,19 @@ def kept(words, folder):
         patch.setenv("XDG_CACHE_HOME", cache)
         run(words, folder)
         files = [path for path in sorted(Path(cache).rglob("*")) if path.is_file()]
-        return {str(path.relative_to(cache)): path.read_text().count("{") for path in files}
+        return {str(path.relative_to(cache)): path.read_text().count(": [") for path in files}
+
+
+def resumed(words, folder):
+    """Which steps a run reports in the folder of one that has ended."""
+    run([], folder)
+    return run(words, folder)["steps"]["train"]
+
+
+def checkpoint_steps(words, folder):
+    """Which checkpoints are there after a run that saves at every update."""
+    run([*words, "--save-every", "1"], folder)
+    return sorted(path.name[:8] for path in Path("out").glob("checkpoint/*"))
 
 
 def ran(*keys):
@@ -213,6 +230,8 @@ SHOWN = {
     "--grad-checkpoint": ([], ["--grad-checkpoint"], ran("checkpoints")),
     "--seed": ([], ["--seed", "5"], plan),
     "--adapter-path": ([], ["--adapter-path", "elsewhere"], ran("saves")),
+    "--resume": ([], ["--resume"], resumed),
+    "--keep": ([], ["--keep", "1"], checkpoint_steps),
     "--steps-per-report": ([], ["--steps-per-report", "2"], ran("steps", "train")),
     "--steps-per-eval": ([], ["--steps-per-eval", "3"], ran("steps", "valid")),
     "--save-every": ([], ["--save-every", "1"], ran("saves")),
@@ -237,7 +256,7 @@ def test_an_option_matters(here, option):
 
 
 def test_the_reference_is_kept_in_the_cache_folder(here):
-    """A file of the model, with a score of each of the 14 pairs to train and to validate on; or none at all."""
+    """A file of the model, with the scores of the 14 pairs to train and to validate on; or none at all."""
     [(name, scores)] = kept([], here).items()
     assert re.fullmatch(r"reference-logps/\w+\.jsonl", name) and scores == 14
     assert kept(["--no-reference-cache"], here) == {}

@@ -325,11 +325,11 @@ def test_other_tokens_have_scores_of_their_own(model, kept):
 
 @pytest.fixture
 def torn(model, kept):
-    """Three pairs, their scores, the file that keeps them and its content."""
-    pairs = random_pairs(3, seed=1)
+    """Nine pairs, their scores, the file that keeps them, a batch of two a line, and its content."""
+    pairs = random_pairs(9, seed=1)
     expected, computed = scores(model, pairs)
     [file] = kept.iterdir()
-    assert computed == 3
+    assert computed == 9
     return SimpleNamespace(pairs=pairs, expected=expected, file=file, text=file.read_text())
 
 
@@ -343,15 +343,16 @@ def test_a_line_cut_at_any_byte_is_computed_again(model, torn):
     whole = torn.text.rstrip("\n")
     start = whole.rindex("\n") if "\n" in whole.lstrip("\n") else 0
     assert len(whole) - start > 50  # a hash and two numbers
+    last = len(json.loads(whole[start:]))
     for end in range(start, len(torn.text) + 1):
         torn.file.write_text(torn.text[:end])
-        check(model, torn, 0 if end >= len(whole) else 1, torn.text[:end][-90:])
+        check(model, torn, 0 if end >= len(whole) else last, torn.text[:end][-90:])
 
 
 @pytest.mark.parametrize("end", [0, 1, 40])
 def test_hardly_anything_is_left_of_the_file(model, torn, end):
     torn.file.write_text(torn.text[:end])
-    check(model, torn, 3, end)
+    check(model, torn, 9, end)
 
 
 NO_RECORDS = {
@@ -378,12 +379,12 @@ NO_RECORDS = {
 def test_what_is_no_record_does_no_harm(model, torn, name):
     """It stands before, between or after the records, on lines of its own, or it is all that there is."""
     lines, junk = [line for line in torn.text.encode().split(b"\n") if line], NO_RECORDS[name]
-    assert len(lines) == 3
-    for place in range(4):
+    assert len(lines) == 5
+    for place in range(6):
         torn.file.write_bytes(b"\n".join(lines[:place] + [junk] + lines[place:]) + b"\n")
         check(model, torn, 0, place)
     torn.file.write_bytes(junk)
-    check(model, torn, 3, "alone")
+    check(model, torn, 9, "alone")
 
 
 WRONG = ['"text"', "null", "5", "[]", "[-1.5]", "[-1.5, -2.5, -3.5]", "[NaN, NaN]", "[NaN, -2.5]", "[-1.5, NaN]"]
@@ -393,17 +394,20 @@ WRONG += ['[-1.5, "b"]', "[-1.5, [-2.5]]", "[-1.5, null]", f"[-1{'0' * 400}, -2.
 
 @pytest.mark.parametrize("value", WRONG)
 def test_a_record_of_wrong_values_is_computed_again(model, torn, value):
+    """One of a batch: the batch's other scores may go with it."""
     lines = torn.text.strip().split("\n")
-    lines[1] = f'{{"{json.loads(lines[1]).popitem()[0]}": {value}}}'
-    torn.file.write_text("\n".join(lines))
-    check(model, torn, 1, value)
+    key, row = list(json.loads(lines[1]).items())[1]
+    torn.file.write_text(torn.text.replace(f'"{key}": {row}', f'"{key}": {value}'))
+    computed = scores(model, torn.pairs)
+    assert computed[0] == torn.expected and computed[1] in (1, 2), value
+    assert scores(model, torn.pairs) == (torn.expected, 0), value
 
 
 @pytest.mark.parametrize("value", ['"text"', "[NaN, NaN]", "[-1.5]"])
 def test_a_file_of_nothing_but_wrong_values(model, torn, value):
-    keys = [json.loads(line).popitem()[0] for line in torn.text.strip().split("\n")]
+    keys = [key for line in torn.text.strip().split("\n") for key in json.loads(line)]
     torn.file.write_text("".join(f'\n{{"{key}": {value}}}' for key in keys))
-    check(model, torn, 3, value)
+    check(model, torn, 9, value)
 
 
 # ------------------------------------------------------------------------------------------------------------ no place

@@ -314,7 +314,7 @@ def test_a_run_learns_and_leaves_what_mlx_lm_loads(place, loss):
     starts = {record["split"] for record in found if record["step"] == 0}
     assert starts == {"valid", "test"}
     assert sorted(path.name for path in out.iterdir()) == [
-        "adapter_config.json", "adapters.safetensors", "metrics.jsonl", "simpo_trainer.py",
+        "adapter_config.json", "adapters.safetensors", "best", "checkpoint", "metrics.jsonl", "simpo_trainer.py",
     ]  # fmt: skip
     assert "(rewards/accuracies)" in done.stdout and "Next: mlx_lm.generate" in done.stdout
     assert ("gamma/beta 0.5" in done.stdout) == (loss in ("sigmoid", "hinge"))
