@@ -94,17 +94,22 @@ def parse_args(words):
 # -------------------------------------------------------------------------------------------------------------- chats
 
 # what front ends show folded or not at all: thoughts, tool calls, reminders, citations, pictures as text
+FOLDED = {"<details type=": "</details>", "<think>": "</think>", "<system-reminder>": "</system-reminder>"}
+FOLDED["\ue200"] = "\ue201"
 HIDDEN = re.compile(
-    r"<details type=.*?</details>|<think>.*?</think>|<system-reminder>.*?</system-reminder>"
-    r"|\ue200.*?\ue201|【[^】]*†[^】]*】|data:\w+/[\w.+-]+;base64,[\w+/=]+|[\ue000-\uf8ff\u200b\u2060\ufeff]", re.S,
-)  # fmt: skip
+    r"【[^【】†]*†[^【】]*】|data:\w{1,20}/[\w.+-]{1,99};base64,[\w+/=]+|[\ue000-\uf8ff\u200b\u2060\ufeff]"
+)
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "timmy": "assistant"}
 READERS = []  # (source, test of a record, whether a record is one line of a chat's log, reader)
 
 
 def clean(text):
     """Return what of a text a person saw, in letters that UTF-8 has."""
-    return HIDDEN.sub("", text.encode("utf-8", "replace").decode()).strip() if isinstance(text, str) else ""
+    text = text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
+    for start, end in FOLDED.items():  # up to the last end only: where none follows, each start would search for one
+        before, found, after = text.rpartition(end)
+        text = re.sub(f"{start}.*?{end}", "", before + found, flags=re.S) + after if found else text
+    return HIDDEN.sub("", text).strip()
 
 
 def items(value, kind=dict):
@@ -133,6 +138,11 @@ def texts(blocks, *kinds):
 
 def state_of(blind=False, cut=False, call=False):
     return "blind" if blind else "cut" if cut else "call" if call else ""
+
+
+def printable(text):
+    """Return a text without what a terminal would obey and what UTF-8 cannot hold."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def name_of(value):
@@ -505,6 +515,7 @@ def read_helpsteer_preference(chat, r):
 def read_helpsteer(chat, r):
     """Rows of one prompt stand one after another: they meet at its node."""
     chat.dataset = chat.forest = True
+    need(isinstance(r["helpfulness"], (int, float)), "its score is no number")
     asked = chat.add("user", r["prompt"], str(r["prompt"]), None, thread=str(r["prompt"]))
     chat.add("assistant", r["response"], parent=asked, rating=r["helpfulness"])
 
@@ -605,7 +616,7 @@ def when(value):
             moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
         except ValueError:
             return 0
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        value = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     value = value if type(value) in (int, float) and 0 < value < 1e14 else 0
     return value / 1000 if value > 1e11 else value
 
@@ -727,7 +738,7 @@ def read_database(path, stream):
                 shutil.copy(f"{path}{end}", f"{copy}{end}")
         with closing(sqlite3.connect(copy)) as db:
             db.row_factory, db.text_factory = sqlite3.Row, lambda raw: raw.decode("utf-8", "replace")
-            tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+            tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             name, of = ("sessions", "session_id") if "sessions" in tables else ("chats", "chat_id")
             need({name, "messages"} <= tables, "it holds neither Hermes' sessions nor Ollama's chats")
             db.execute(f"CREATE INDEX of_chat ON messages ({of})")
@@ -760,7 +771,7 @@ class Chats:
                     self.take(read_database(path, member) if database else read_values(member, self.problems))
         except Exception as error:  # one damaged file, of whatever kind, must not stop the others
             self.problems["files that could not be read"] += 1
-            print(f"{path}: {error}: passed over")
+            print(printable(f"{path}: {error}: passed over"))
 
     def take(self, values):
         logs = {}
@@ -779,7 +790,7 @@ class Chats:
                 chat = logs.setdefault(reader, Chat(source)) if log else Chat(source)
                 reader(chat, record)
                 log or self.keep(chat)
-            except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
+            except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError):
                 self.problems[f"records of {source} that could not be read"] += 1
             return
         inner = [items(value) for value in record.values()]
@@ -969,8 +980,8 @@ DENIAL = re.compile(
 )  # fmt: skip
 THANKS = re.compile(r"^\W*(thanks|thank you|ty|perfect|great|exactly|yes|good|works|that works|👍)", re.I)
 APOLOGY = re.compile(
-    r"^((you'?re|you are) (absolutely )?right|(i'?m )?sorry|(my )?apologies|i apologi[sz]e|my mistake|good catch)"
-    r"[^.!\n]*[.!]\s*", re.I,
+    r"^(?:(?:(?:you'?re|you are) (?:absolutely )?right|(?:i'?m )?sorry|(?:my )?apologies|i apologi[sz]e|my mistake"
+    r"|good catch)[^.!\n]*[.!]\s*)+", re.I,
 )  # fmt: skip
 REFUSAL = re.compile(
     r"^\W*(i'?m (very |so )?sorry|i apologi[sz]e|i can'?t|i cannot|i'?m (not able|unable)|as an ai)\b", re.I
@@ -1009,7 +1020,7 @@ def corrections(turns):
             continue
         first, [good] = turns.nodes[before[0]]["text"], answers.values()
         bad, text = turns.nodes[before[2]], good["text"]
-        while sorry := APOLOGY.match(straight(text)):
+        if sorry := APOLOGY.match(straight(text)):
             text = text[sorry.end() :]
         later = [turns.nodes[key]["text"] for key in following[good["key"]]]
         about = DENIAL.search(asked) or words(asked) & words(first)
@@ -1343,7 +1354,7 @@ def make_report(rows, dropped, parts, problems, unpaired, redactor, args):
     if corrected := [r for r in rows if r["signal"] == "correction"]:
         lines += ["## Corrections, to be read: they are guesses", *map(sample, corrected)]
     lines += ["## Samples", *map(sample, random.Random(args.seed).sample(rows, min(3, len(rows))))]
-    return "\n\n".join(lines) + "\n"
+    return printable("\n\n".join(lines) + "\n")
 
 
 def sample(row):
