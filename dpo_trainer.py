@@ -378,7 +378,7 @@ def encode_pairs(tokenizer, pairs, limit):
             size, *sides = (sum(len(m.get("content") or "") for m in part) for part in (messages, *answers))
             if (letters := size + max(sides)) > room:
                 return False
-            with time_limit(3 + letters / 1e5):
+            with time_limit(2 + letters / 1e5):
                 *ids, moves = encode_pair(tokenizer, messages, pair["chosen"], pair["rejected"], pair["tools"])
             return len(ids[0]) + max(map(len, ids[1:])) <= limit
 
@@ -1065,8 +1065,8 @@ def prepare(parse):
     words = ["--model", args.model, "--adapter-path", args.adapter_path, "--prompt", asked]
     if args.train and first:
         check_folder(Path(args.adapter_path), args)  # now, not after an hour
-    with blame(args.model, "give a folder or a Hugging Face name"):
-        tokenizer = load_tokenizer(args.model)
+    with blame(args.model, "give a folder or a Hugging Face name; trust_remote_code is off"):
+        tokenizer = load_tokenizer(args.model, {"trust_remote_code": False})  # or it asks, on the terminal
     splits = {name: encode_pairs(tokenizer, pairs, args.max_seq_length) for name, pairs in splits.items() if pairs}
     return args, tokenizer, splits, f"Next: mlx_lm.generate {shlex.join(words)}"
 
@@ -1075,7 +1075,7 @@ def load_model(name, adapter, tokenizer, pairs, args):
     """Return a model with its adapter, and settle args.share for it; exit where it cannot be loaded."""
     fitting = f"it cannot be loaded for {args.model}: see --model and --adapter-path"
     with blame(adapter or name, fitting if name == args.model else "give a folder or a Hugging Face name"):
-        model, other = mlx_lm.load(name, adapter_path=adapter)
+        model, other = mlx_lm.load(name, {"trust_remote_code": False}, adapter_path=adapter)
         need(other.get_vocab() == tokenizer.get_vocab(), "the reference has another tokenizer")
     args.share = settle_sharing(model, pairs)
     return model

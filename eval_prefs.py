@@ -259,7 +259,7 @@ def encode_pairs(tokenizer, pairs, limit):
             size, *sides = (sum(len(m.get("content") or "") for m in part) for part in (messages, *answers))
             if (letters := size + max(sides)) > room:
                 return False
-            with time_limit(3 + letters / 1e5):
+            with time_limit(2 + letters / 1e5):
                 *ids, moves = encode_pair(tokenizer, messages, pair["chosen"], pair["rejected"], pair["tools"])
             return len(ids[0]) + max(map(len, ids[1:])) <= limit
 
