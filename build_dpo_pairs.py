@@ -41,6 +41,7 @@ from pathlib import Path
 WEIGHTS = {"comparison": 1.0, "rating": 1.0, "dataset": 1.0, "regenerate": 0.7, "generated": 0.5, "correction": 0.4}
 RIVALS = 3  # worse answers to one prompt that are paired with its best
 HISTORY = 40  # messages before a prompt, at most: the latest
+LONGEST = 2**18  # letters of a message: what is longer is in no pair
 LIMIT = 2**33  # bytes of an archive's member, unpacked
 
 
@@ -166,6 +167,7 @@ class Chat:
     def __init__(self, source):
         self.source, self.key, self.updated, self.leaf, self.last, self.nodes = source, None, 0, None, None, {}
         self.dataset = self.good = self.skip = self.forest = False
+        self.long = 0  # messages of more than LONGEST letters
         # {prompt's key: (the answer that was taken, all that were shown to choose from)}; what a reader notes
         self.chosen, self.facts = {}, {}
 
@@ -174,6 +176,8 @@ class Chat:
         key, text, role = name_of(key) or str(len(self.nodes)), clean(text), ROLES.get(role, role)
         role = role if role in ("user", "assistant") and (text or state) else "hop"
         parent = self.last if parent is False else name_of(parent)
+        if len(text) > LONGEST:
+            self.long, text, state = self.long + 1, "", "blind" if role == "user" else "cut"
         node = {"parent": parent, "role": role, "text": text, "state": state, "time": time, "model": name_of(model)}
         self.nodes.setdefault(key, node | facts)
         self.last = key
@@ -191,7 +195,9 @@ class Chat:
             if isinstance(score, (int, float)) and isinstance(answer, str):
                 # not cleaned: a data set's <think> is part of its answers
                 text = answer.encode("utf-8", "replace").decode().strip()
-                self.nodes[self.add("assistant", "-", parent=asked, rating=score)]["text"] = text
+                long = len(text) > LONGEST
+                key = self.add("assistant", text if long else "-", parent=asked, rating=score)
+                self.nodes[key]["text"] = "" if long else text
 
 
 def reads(source, test, log=False):
@@ -809,6 +815,7 @@ class Chats:
                 self.tied[key] |= old | new
         if chat.skip or not chat.nodes:
             return
+        self.problems[f"messages of more than {LONGEST} letters"] += chat.long
         chat.key, chat.leaf = name_of(chat.key), name_of(chat.leaf)
         if not (chat.key or chat.forest):  # a data set's row is no snapshot of another
             chat.key = len(self.chats) if chat.dataset else digest([node["text"] for node in chat.nodes.values()])
@@ -938,7 +945,7 @@ def judge(answers, turns, chats):
         return shown(a, b) in mine or any(chats.won[i] & others for i in mine if i in chats.won)
 
     def place(a):
-        votes = sum(beats(a, b) - beats(b, a) for b in answers)
+        votes = sum(beats(a, b) - beats(b, a) for b in answers) if chat.chosen or chats.won else 0
         return votes, a["rating"] or 0, a["active"], a["continued"], a["order"]
 
     best, *rest = sorted(answers, key=place, reverse=True)
@@ -1256,22 +1263,22 @@ def length_check(args):
     """Return a test of a row: whether prompt and longer answer have more tokens than --max-seq-length."""
     if not args.model:
         return lambda row: False
-    with blame(args.model, "give a folder or a Hugging Face name"):
+    with blame(args.model, "give a folder or a Hugging Face name; trust_remote_code is off"):
         from mlx_lm.utils import load_tokenizer
 
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(args.model, {"trust_remote_code": False})
     count = lambda messages: len(tokenizer.apply_chat_template(messages))
     return lambda row: max(count(row["prompt"] + row[side]) for side in ("chosen", "rejected")) > args.max_seq_length
 
 
 def generate_rejected(singles, args, done_file):
     """Return the rows with a model's own answers as the rejected ones, seeded; what done_file has is not done again."""
-    with blame(args.generate_rejected, "give a folder or a Hugging Face name"):
+    with blame(args.generate_rejected, "give a folder or a Hugging Face name; trust_remote_code is off"):
         import mlx.core as mx
         import mlx_lm
         from mlx_lm.sample_utils import make_sampler
 
-        model, tokenizer = mlx_lm.load(args.generate_rejected)
+        model, tokenizer = mlx_lm.load(args.generate_rejected, {"trust_remote_code": False})
     with blame(done_file, "choose another --out"):
         done_file.parent.mkdir(parents=True, exist_ok=True)
         done_file.touch()
