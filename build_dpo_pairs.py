@@ -98,7 +98,7 @@ def parse_args(words):
 FOLDED = {"<details type=": "</details>", "<think>": "</think>", "<system-reminder>": "</system-reminder>"}
 FOLDED["\ue200"] = "\ue201"
 HIDDEN = re.compile(
-    r"【[^【】†]*†[^【】]*】|data:\w{1,20}/[\w.+-]{1,99};base64,[\w+/=]+|[\ue000-\uf8ff\u200b\u2060\ufeff]"
+    r"【[^【】†]*†[^【】]*】|data:\w{1,20}/[\w.+-]{1,99};base64,[\w+/=]+|[\ue000-\uf8ff\u200b\u2060\ufeff]+"
 )
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "timmy": "assistant"}
 READERS = []  # (source, test of a record, whether a record is one line of a chat's log, reader)

@@ -226,7 +226,11 @@ def encode_pair(tokenizer, messages, chosen, rejected, tools=None):
     if tokenizer.has_chat_template:
         render = partial(tokenizer.apply_chat_template, tools=tools)
         ids = [render(messages, add_generation_prompt=True), render(messages + [chosen]), render(messages + [rejected])]
+        for side, row in zip((chosen, rejected), ids[1:]):
+            plain = {"role": "assistant", "content": side.get("content") or ""}
+            need(not side.get("tool_calls") or row != render([*messages, plain]), "it writes no tool calls")
     else:
+        need(not (chosen.get("tool_calls") or rejected.get("tool_calls")), "without a template there are no tool calls")
         start = tokenizer.encode("\n".join(message["content"] for message in messages))
         answers = [tokenizer.encode(side["content"], add_special_tokens=False) for side in (chosen, rejected)]
         ids = [start, *(start + answer + [tokenizer.eos_token_id] for answer in answers)]
