@@ -105,7 +105,8 @@ def mutant(row, rng):
     line = line.encode("utf-8", "surrogatepass")
     if rng.random() < 0.15:  # the bytes themselves
         at, count = rng.randrange(len(line)), rng.randrange(1, 9)
-        line = rng.choice([line[:at], line[:at] + rng.randbytes(count) + line[at:], line[at:], line[:at] + line[at + 1 :]])
+        noise = rng.randbytes(count)
+        line = rng.choice([line[:at], line[:at] + noise + line[at:], line[at:], line[:at] + line[at + 1 :]])
     return line.replace(b"\n", b" ").replace(b"\r", b" ")
 
 
@@ -412,8 +413,8 @@ def test_mutated_exports(exports, tmp_path, seed):
 
 
 T = TOPICS[0]
-UNITS = ["word ", "x", "\n", "<think>", "<details type=", "\ue200", "【", "【†", "data:a/", "1 ", "a@", "key=", "```", "\\"]
-UNITS += ["I'm sorry. ", "-----BEGIN PRIVATE KEY-----", "/home/", "\n\nHuman:", "\u200b", "AB12 "]
+UNITS = ["word ", "x", "\n", "<think>", "<details type=", "\ue200", "【", "【†", "data:a/", "1 ", "a@", "key="]
+UNITS += ["```", "\\", "I'm sorry. ", "-----BEGIN PRIVATE KEY-----", "/home/", "\n\nHuman:", "\u200b", "AB12 "]
 
 
 @pytest.mark.parametrize("unit", UNITS)
