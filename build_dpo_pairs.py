@@ -41,6 +41,7 @@ from pathlib import Path
 WEIGHTS = {"comparison": 1.0, "rating": 1.0, "dataset": 1.0, "regenerate": 0.7, "generated": 0.5, "correction": 0.4}
 RIVALS = 3  # worse answers to one prompt that are paired with its best
 HISTORY = 40  # messages before a prompt, at most: the latest
+LONGEST = 2**18  # letters of a message: what is longer is in no pair
 LIMIT = 2**33  # bytes of an archive's member, unpacked
 
 
@@ -94,17 +95,22 @@ def parse_args(words):
 # -------------------------------------------------------------------------------------------------------------- chats
 
 # what front ends show folded or not at all: thoughts, tool calls, reminders, citations, pictures as text
+FOLDED = {"<details type=": "</details>", "<think>": "</think>", "<system-reminder>": "</system-reminder>"}
+FOLDED["\ue200"] = "\ue201"
 HIDDEN = re.compile(
-    r"<details type=.*?</details>|<think>.*?</think>|<system-reminder>.*?</system-reminder>"
-    r"|\ue200.*?\ue201|【[^】]*†[^】]*】|data:\w+/[\w.+-]+;base64,[\w+/=]+|[\ue000-\uf8ff\u200b\u2060\ufeff]", re.S,
-)  # fmt: skip
+    r"【[^【】†]*†[^【】]*】|data:\w{1,20}/[\w.+-]{1,99};base64,[\w+/=]+|[\ue000-\uf8ff\u200b\u2060\ufeff]+"
+)
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "timmy": "assistant"}
 READERS = []  # (source, test of a record, whether a record is one line of a chat's log, reader)
 
 
 def clean(text):
     """Return what of a text a person saw, in letters that UTF-8 has."""
-    return HIDDEN.sub("", text.encode("utf-8", "replace").decode()).strip() if isinstance(text, str) else ""
+    text = text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""
+    for start, end in FOLDED.items():  # up to the last end only: where none follows, each start would search for one
+        before, found, after = text.rpartition(end)
+        text = re.sub(f"{start}.*?{end}", "", before + found, flags=re.S) + after if found else text
+    return HIDDEN.sub("", text).strip()
 
 
 def items(value, kind=dict):
@@ -135,6 +141,11 @@ def state_of(blind=False, cut=False, call=False):
     return "blind" if blind else "cut" if cut else "call" if call else ""
 
 
+def printable(text):
+    """Return a text without what a terminal would obey and what UTF-8 cannot hold."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
 def name_of(value):
     """Return what can be the name of a node, a chat or a model: a text or a number; None for anything else."""
     return value if isinstance(value, (str, int, float)) else None
@@ -156,6 +167,7 @@ class Chat:
     def __init__(self, source):
         self.source, self.key, self.updated, self.leaf, self.last, self.nodes = source, None, 0, None, None, {}
         self.dataset = self.good = self.skip = self.forest = False
+        self.long = 0  # messages of more than LONGEST letters
         # {prompt's key: (the answer that was taken, all that were shown to choose from)}; what a reader notes
         self.chosen, self.facts = {}, {}
 
@@ -164,6 +176,8 @@ class Chat:
         key, text, role = name_of(key) or str(len(self.nodes)), clean(text), ROLES.get(role, role)
         role = role if role in ("user", "assistant") and (text or state) else "hop"
         parent = self.last if parent is False else name_of(parent)
+        if len(text) > LONGEST:
+            self.long, text, state = self.long + 1, "", "blind" if role == "user" else "cut"
         node = {"parent": parent, "role": role, "text": text, "state": state, "time": time, "model": name_of(model)}
         self.nodes.setdefault(key, node | facts)
         self.last = key
@@ -181,7 +195,9 @@ class Chat:
             if isinstance(score, (int, float)) and isinstance(answer, str):
                 # not cleaned: a data set's <think> is part of its answers
                 text = answer.encode("utf-8", "replace").decode().strip()
-                self.nodes[self.add("assistant", "-", parent=asked, rating=score)]["text"] = text
+                long = len(text) > LONGEST
+                key = self.add("assistant", text if long else "-", parent=asked, rating=score)
+                self.nodes[key]["text"] = "" if long else text
 
 
 def reads(source, test, log=False):
@@ -505,6 +521,7 @@ def read_helpsteer_preference(chat, r):
 def read_helpsteer(chat, r):
     """Rows of one prompt stand one after another: they meet at its node."""
     chat.dataset = chat.forest = True
+    need(isinstance(r["helpfulness"], (int, float)), "its score is no number")
     asked = chat.add("user", r["prompt"], str(r["prompt"]), None, thread=str(r["prompt"]))
     chat.add("assistant", r["response"], parent=asked, rating=r["helpfulness"])
 
@@ -605,7 +622,7 @@ def when(value):
             moment = datetime.fromisoformat(value.replace("Z", "+00:00"))
         except ValueError:
             return 0
-        return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+        value = (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
     value = value if type(value) in (int, float) and 0 < value < 1e14 else 0
     return value / 1000 if value > 1e11 else value
 
@@ -727,7 +744,7 @@ def read_database(path, stream):
                 shutil.copy(f"{path}{end}", f"{copy}{end}")
         with closing(sqlite3.connect(copy)) as db:
             db.row_factory, db.text_factory = sqlite3.Row, lambda raw: raw.decode("utf-8", "replace")
-            tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
+            tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             name, of = ("sessions", "session_id") if "sessions" in tables else ("chats", "chat_id")
             need({name, "messages"} <= tables, "it holds neither Hermes' sessions nor Ollama's chats")
             db.execute(f"CREATE INDEX of_chat ON messages ({of})")
@@ -760,7 +777,7 @@ class Chats:
                     self.take(read_database(path, member) if database else read_values(member, self.problems))
         except Exception as error:  # one damaged file, of whatever kind, must not stop the others
             self.problems["files that could not be read"] += 1
-            print(f"{path}: {error}: passed over")
+            print(printable(f"{path}: {error}: passed over"))
 
     def take(self, values):
         logs = {}
@@ -779,7 +796,7 @@ class Chats:
                 chat = logs.setdefault(reader, Chat(source)) if log else Chat(source)
                 reader(chat, record)
                 log or self.keep(chat)
-            except (TypeError, ValueError, KeyError, AttributeError, IndexError, RecursionError):
+            except (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError):
                 self.problems[f"records of {source} that could not be read"] += 1
             return
         inner = [items(value) for value in record.values()]
@@ -798,6 +815,7 @@ class Chats:
                 self.tied[key] |= old | new
         if chat.skip or not chat.nodes:
             return
+        self.problems[f"messages of more than {LONGEST} letters"] += chat.long
         chat.key, chat.leaf = name_of(chat.key), name_of(chat.leaf)
         if not (chat.key or chat.forest):  # a data set's row is no snapshot of another
             chat.key = len(self.chats) if chat.dataset else digest([node["text"] for node in chat.nodes.values()])
@@ -927,7 +945,7 @@ def judge(answers, turns, chats):
         return shown(a, b) in mine or any(chats.won[i] & others for i in mine if i in chats.won)
 
     def place(a):
-        votes = sum(beats(a, b) - beats(b, a) for b in answers)
+        votes = sum(beats(a, b) - beats(b, a) for b in answers) if chat.chosen or chats.won else 0
         return votes, a["rating"] or 0, a["active"], a["continued"], a["order"]
 
     best, *rest = sorted(answers, key=place, reverse=True)
@@ -969,8 +987,8 @@ DENIAL = re.compile(
 )  # fmt: skip
 THANKS = re.compile(r"^\W*(thanks|thank you|ty|perfect|great|exactly|yes|good|works|that works|👍)", re.I)
 APOLOGY = re.compile(
-    r"^((you'?re|you are) (absolutely )?right|(i'?m )?sorry|(my )?apologies|i apologi[sz]e|my mistake|good catch)"
-    r"[^.!\n]*[.!]\s*", re.I,
+    r"^(?:(?:(?:you'?re|you are) (?:absolutely )?right|(?:i'?m )?sorry|(?:my )?apologies|i apologi[sz]e|my mistake"
+    r"|good catch)[^.!\n]*[.!]\s*)+", re.I,
 )  # fmt: skip
 REFUSAL = re.compile(
     r"^\W*(i'?m (very |so )?sorry|i apologi[sz]e|i can'?t|i cannot|i'?m (not able|unable)|as an ai)\b", re.I
@@ -1009,7 +1027,7 @@ def corrections(turns):
             continue
         first, [good] = turns.nodes[before[0]]["text"], answers.values()
         bad, text = turns.nodes[before[2]], good["text"]
-        while sorry := APOLOGY.match(straight(text)):
+        if sorry := APOLOGY.match(straight(text)):
             text = text[sorry.end() :]
         later = [turns.nodes[key]["text"] for key in following[good["key"]]]
         about = DENIAL.search(asked) or words(asked) & words(first)
@@ -1245,22 +1263,22 @@ def length_check(args):
     """Return a test of a row: whether prompt and longer answer have more tokens than --max-seq-length."""
     if not args.model:
         return lambda row: False
-    with blame(args.model, "give a folder or a Hugging Face name"):
+    with blame(args.model, "give a folder or a Hugging Face name; trust_remote_code is off"):
         from mlx_lm.utils import load_tokenizer
 
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(args.model, {"trust_remote_code": False})
     count = lambda messages: len(tokenizer.apply_chat_template(messages))
     return lambda row: max(count(row["prompt"] + row[side]) for side in ("chosen", "rejected")) > args.max_seq_length
 
 
 def generate_rejected(singles, args, done_file):
     """Return the rows with a model's own answers as the rejected ones, seeded; what done_file has is not done again."""
-    with blame(args.generate_rejected, "give a folder or a Hugging Face name"):
+    with blame(args.generate_rejected, "give a folder or a Hugging Face name; trust_remote_code is off"):
         import mlx.core as mx
         import mlx_lm
         from mlx_lm.sample_utils import make_sampler
 
-        model, tokenizer = mlx_lm.load(args.generate_rejected)
+        model, tokenizer = mlx_lm.load(args.generate_rejected, {"trust_remote_code": False})
     with blame(done_file, "choose another --out"):
         done_file.parent.mkdir(parents=True, exist_ok=True)
         done_file.touch()
@@ -1343,7 +1361,7 @@ def make_report(rows, dropped, parts, problems, unpaired, redactor, args):
     if corrected := [r for r in rows if r["signal"] == "correction"]:
         lines += ["## Corrections, to be read: they are guesses", *map(sample, corrected)]
     lines += ["## Samples", *map(sample, random.Random(args.seed).sample(rows, min(3, len(rows))))]
-    return "\n\n".join(lines) + "\n"
+    return printable("\n\n".join(lines) + "\n")
 
 
 def sample(row):

@@ -34,6 +34,7 @@ import signal
 import sys
 import tempfile
 import time
+from bisect import bisect_left
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -304,6 +305,7 @@ def to_messages(value, role, name):
         need(role in ("system", "developer", "user", "assistant", "tool"), f"'{name}': not a message with a known role")
         content = "" if message.get("tool_calls") and message.get("content") is None else message.get("content")
         need(isinstance(content, str), f"'{name}': content must be a text")
+        content.encode()  # half a letter, as of an emoji that was cut, is none
     return messages
 
 
@@ -321,6 +323,22 @@ def load_splits(args):
     return splits
 
 
+@contextmanager
+def time_limit(seconds):
+    """Raise an exception inside after so many seconds of computing, as a chat template can that loops for ever."""
+
+    def stop(*_):
+        raise TimeoutError(f"it takes more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def encode_pair(tokenizer, messages, chosen, rejected, tools=None):
     """Return the token ids of prompt, chosen and rejected (end of turn included), and how many prompt tokens moved.
 
@@ -330,7 +348,11 @@ def encode_pair(tokenizer, messages, chosen, rejected, tools=None):
     if tokenizer.has_chat_template:
         render = partial(tokenizer.apply_chat_template, tools=tools)
         ids = [render(messages, add_generation_prompt=True), render(messages + [chosen]), render(messages + [rejected])]
+        for side, row in zip((chosen, rejected), ids[1:]):
+            plain = {"role": "assistant", "content": side.get("content") or ""}
+            need(not side.get("tool_calls") or row != render([*messages, plain]), "it writes no tool calls")
     else:
+        need(not (chosen.get("tool_calls") or rejected.get("tool_calls")), "without a template there are no tool calls")
         start = tokenizer.encode("\n".join(message["content"] for message in messages))
         answers = [tokenizer.encode(side["content"], add_special_tokens=False) for side in (chosen, rejected)]
         ids = [start, *(start + answer + [tokenizer.eos_token_id] for answer in answers)]
@@ -350,15 +372,28 @@ def encode_pairs(tokenizer, pairs, limit):
     A pair of more than limit tokens loses its oldest turns (a system message stays), never a part of an answer.
     """
     kept, shortened, long, moved = [], 0, 0, 0
+    room = limit * max(map(len, tokenizer.get_vocab()))  # letters that so many tokens can spell
     for pair in tqdm(pairs, desc="tokenizing", **BAR):
         first = int(pair["prompt"][0]["role"] in ("system", "developer"))
         later = [i for i, message in enumerate(pair["prompt"]) if message["role"] == "user" and i > first]
-        for start in [first, *later]:
-            with blame(pair["place"], "the model's chat template refuses this conversation"):
-                messages = pair["prompt"][:first] + pair["prompt"][start:]
+        ids, moves, answers = None, 0, ([pair["chosen"]], [pair["rejected"]])
+
+        def encode(start):
+            """Try the conversation without what stands before start; return whether it fits."""
+            nonlocal ids, moves
+            messages = pair["prompt"][:first] + pair["prompt"][start:]
+            size, *sides = (sum(len(m.get("content") or "") for m in part) for part in (messages, *answers))
+            if (letters := size + max(sides)) > room:
+                return False
+            with time_limit(2 + letters / 1e5):
                 *ids, moves = encode_pair(tokenizer, messages, pair["chosen"], pair["rejected"], pair["tools"])
-            if fits := len(ids[0]) + max(map(len, ids[1:])) <= limit:
-                break
+            return len(ids[0]) + max(map(len, ids[1:])) <= limit
+
+        with blame(pair["place"], "the model's chat template refuses this conversation"):
+            start, fits = first, encode(first)
+            if not fits and later:
+                start = later[min(bisect_left(later, True, key=encode), len(later) - 1)]
+                fits = encode(start)
         shortened, long, moved = shortened + (fits and start > first), long + (not fits), max(moved, moves)
         if fits and ids[1] != ids[2]:
             names = ("prompt", "chosen", "rejected")
@@ -1011,8 +1046,8 @@ def prepare(parse):
     words = ["--model", args.model, "--adapter-path", args.adapter_path, "--prompt", asked]
     if args.train and first:
         check_folder(Path(args.adapter_path), args)  # now, not after an hour
-    with blame(args.model, "give a folder or a Hugging Face name"):
-        tokenizer = load_tokenizer(args.model)
+    with blame(args.model, "give a folder or a Hugging Face name; trust_remote_code is off"):
+        tokenizer = load_tokenizer(args.model, {"trust_remote_code": False})  # or it asks, on the terminal
     splits = {name: encode_pairs(tokenizer, pairs, args.max_seq_length) for name, pairs in splits.items() if pairs}
     return args, tokenizer, splits, f"Next: mlx_lm.generate {shlex.join(words)}"
 
@@ -1021,7 +1056,7 @@ def load_model(name, adapter, tokenizer, pairs, args):
     """Return a model with its adapter, and settle args.share for it; exit where it cannot be loaded."""
     fitting = f"it cannot be loaded for {args.model}: see --model and --adapter-path"
     with blame(adapter or name, fitting if name == args.model else "give a folder or a Hugging Face name"):
-        model, other = mlx_lm.load(name, adapter_path=adapter)
+        model, other = mlx_lm.load(name, {"trust_remote_code": False}, adapter_path=adapter)
         need(other.get_vocab() == tokenizer.get_vocab(), "the reference has another tokenizer")
     args.share = settle_sharing(model, pairs)
     return model

@@ -27,7 +27,7 @@ SHARED = {  # the scripts that a name is in, and nowhere else
     ("dpo_trainer.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["BAR"],
     ("dpo_trainer.py", "eval_prefs.py"): ["add_reference"],
     ("dpo_trainer.py", "eval_prefs.py", "simpo_trainer.py"): """
-        number read_rows load_pairs read_pair to_messages encode_pair encode_pairs
+        number read_rows load_pairs read_pair to_messages time_limit encode_pair encode_pairs
         PAD CHUNK SHARE PrefixCache padded_widths make_batch response_states head_logits in_chunks
         THREADS HEADER ROW FORWARD BACKWARD fused_log_softmax token_logps token_kl completion_logps
         install sorted_batches own_part sum_all is_exact differ settle_sharing fingerprint
