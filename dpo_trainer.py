@@ -1093,6 +1093,27 @@ def start_folder(folder, args):
         shutil.copy(__file__, folder)
 
 
+def sync(path):
+    """Return when a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path, write):
+    """Have write(name) make a file, and give it its place: after a kill at any byte all of it is there, or what was."""
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    try:
+        write(unfinished)
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)  # where it failed, as on a full disk, that needs the room
+
+
 def save_weights(path, params, layout):
     """Write parameters, in their compute dtypes, under another name, flush and rename: a file is whole or not there."""
     if mx.distributed.init().rank():

@@ -23,8 +23,9 @@ ALGORITHM = re.compile(r"\b_?(dpo|simpo)(?![a-z])", re.I)
 
 TRAINERS = ("dpo_trainer.py", "simpo_trainer.py")
 SHARED = {  # the scripts that a name is in, and nowhere else
-    ("dpo_trainer.py", "build_dpo_pairs.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["need", "blame"],
-    ("dpo_trainer.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["BAR"],
+    ("dpo_trainer.py", "build_dpo_pairs.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["need", "blame", "sync"],
+    ("dpo_trainer.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["BAR", "write_atomically"],
+    ("build_dpo_pairs.py", "export_ollama.py"): ["whole"],
     ("dpo_trainer.py", "eval_prefs.py"): ["fingerprint", "add_reference"],
     ("dpo_trainer.py", "eval_prefs.py", "simpo_trainer.py"): """
         number read_rows load_pairs read_pair to_messages encode_pair encode_pairs
