@@ -173,6 +173,13 @@ def check_base(reader, tensors, arch, path):
     need(not wrong, f"{len(wrong)} tensors differ ({'; '.join(wrong[:3])}): another model, or Ollama's own layout")
 
 
+class Checked(np.ndarray):
+    """An array that the GGUF writer cannot lose: numpy's own tofile is silent where the disk is full."""
+
+    def tofile(self, file):
+        file.write(memoryview(np.ascontiguousarray(self)))
+
+
 def copy_fields(reader, writer):
     import gguf
 
@@ -225,7 +232,7 @@ def merge(reader, tensors, scale, arch, target):
     writer.write_ti_data_to_file()
     for t in tqdm(reader.tensors, desc="merging", **BAR):
         data = merged(t, *tensors[t.name], scale, kinds[t.name]) if t.name in tensors else t.data
-        writer.write_tensor_data(data, tensor_endianess=reader.endianess)
+        writer.write_tensor_data(data.view(Checked), tensor_endianess=reader.endianess)
         reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # what was read of the file is not read again
     writer.close()
     return changed
@@ -244,8 +251,8 @@ def write_lora(path, tensors, scale, arch, config):
     writer.add_float32("adapter.lora.alpha", scale * next(iter(tensors.values()))[0].shape[-2])
     for name, (a, b) in tensors.items():
         a, b = (b, a.T) if name == "token_embd.weight" else (a, b)  # rows of it are looked up
-        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32))
-        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b, np.float32))
+        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32).view(Checked))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b, np.float32).view(Checked))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
