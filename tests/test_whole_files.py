@@ -377,7 +377,7 @@ def test_an_export_is_whole_after_any_kill(export_case, name):
 
 
 def test_a_kill_between_two_renames_is_explained(pairs_case):
-    """The one moment at which nothing has the name: the earlier output is aside, and the next run says what it found."""
+    """The one moment at which nothing has the name: the earlier output is aside; the next run says what it found."""
     patch = "import os; os.rename = lambda *words, r=os.rename: (r(*words), os.kill(os.getpid(), 9))"
     pairs_case.fresh()
     assert pairs_case.run(patch=patch) == (-9, "")
