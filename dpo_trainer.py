@@ -45,7 +45,7 @@ import mlx_lm
 import numpy as np
 import yaml
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
@@ -143,9 +143,11 @@ def parse_args(words):
     add("--seed", type=number(int, 0, 2**63), default=0, help="of adapters, order, dropout, split (default: 0)")
     # measuring and saving
     add("--adapter-path", default="adapters", help="output; an older run moves aside (default: %(default)s)")
+    add("--resume", action=switch, help="go on from the newest checkpoint in --adapter-path, to the bit")
     add("--steps-per-report", type=count, default=10, help="updates (default: 10)")
     add("--steps-per-eval", type=count, default=200, help="updates (default: 200)")
     add("--save-every", type=count, default=100, help="updates (default: 100)")
+    add("--keep", type=number(int, 0), default=2, help="checkpoints, thrice what is trained; 0: none (default: 2)")
     add("--val-batches", type=number(int, -1), default=-1, help="sample of the valid pairs; -1, 0: all (default)")
     add("--test-batches", type=number(int, -1), default=-1, help="sample of the test pairs; -1, 0: all (default)")
     add("--report-to", help="wandb, swanlab or wandb,swanlab")
@@ -848,13 +850,13 @@ def settle_sharing(model, pairs):
     return 0
 
 
-def fingerprint(model):
-    """Return a hash of the model's configuration and of every bit of its weights."""
+def fingerprint(model, most=None):
+    """Return a hash of the model's configuration and of its weights: of every bit, or of at most so many of each."""
     scales = [(name, getattr(module, "scale", None)) for name, module in model.named_modules()]  # LoRA's is no weight
     digest = hashlib.sha256(f"{getattr(model, 'args', None)} {sorted(scales, key=str)}".encode())
     for name, w in sorted(tree_flatten(model.parameters())):
         digest.update(f"{name} {w.shape} {w.dtype} ".encode())
-        digest.update(memoryview(w.reshape(-1).view(mx.uint8)))
+        digest.update(memoryview(w.reshape(-1)[:most].view(mx.uint8)))
     return digest.hexdigest()[:32]
 
 
@@ -893,19 +895,24 @@ def add_reference(model, pairs, args):
     nothing = (math.nan, math.nan) if not world.rank() else (0, 0)
     for pair, key, row in zip(pairs, keys, sum_all([known.get(key, nothing) for key in keys])):
         pair["key"], pair["ref_logps"] = key, row
-    missing = [pair for pair in pairs if math.isnan(pair["ref_logps"].sum())]
+    is_missing, unique = lambda pair: math.isnan(pair["ref_logps"].sum()), {pair["key"]: pair for pair in pairs}
+    batches = sorted_batches([*unique.values()], args.batch_size, args.share)  # the same ones after a kill
+    partly = [pair for batch in batches if not all(map(is_missing, batch)) for pair in filter(is_missing, batch)]
+    batches = [b for b in batches if all(map(is_missing, b))] + sorted_batches(partly, args.batch_size, args.share)
     score = mx.compile(partial(completion_logps, model))
-    for batch in tqdm(sorted_batches(missing, args.batch_size, args.share), desc="reference", **BAR):
+    for batch in tqdm(batches, desc="reference", **BAR):
         mine, count = own_part(batch)
         values = np.zeros((len(batch), 2))
         values[world.rank() :: world.size()] = np.array(score(make_batch(mine, args.share))).reshape(2, -1).T[:count]
         for pair, row in zip(batch, sum_all(values)):
             pair["ref_logps"] = row
-        new = "".join(f"\n{json.dumps({pair['key']: pair['ref_logps'].tolist()})}" for pair in batch)
+        new = {pair["key"]: pair["ref_logps"].tolist() for pair in batch}
         try:
-            file = file and file.write(new.encode()) and file
+            file = file and file.write(f"\n{json.dumps(new)}".encode()) and file
         except OSError as error:
             file = stop_keeping(error)
+    for pair in pairs:
+        pair["ref_logps"] = unique[pair["key"]]["ref_logps"]
 
 
 def mean_metrics(found):
@@ -977,48 +984,59 @@ def make_optimizer(args, updates):
     return OPTIMIZERS[args.optimizer](learning_rate=rate, **own.get(args.optimizer, {}))
 
 
-def train(model, params, layout, plan, args, objective):
-    """Yield (step, params, found, rates) after each update of the plan, all still being computed.
+# Updates of a larger gradient norm are not made. TODO
+MAX_NORM = 1e5
 
-    objective(logps (2B,), batch, args) returns the pairs' metrics, each (B,), "loss" among them. found: the update's
-    batches, as mean_metrics takes them; rates: grad_norm and learning_rate. An update whose loss or norm is not finite
-    is not made, nor any after it, and their norms are nan: params stay the last good ones.
+
+def train(model, params, layout, plan, args, objective, arrays=None):
+    """Yield (step, state, found, rates) after each update of the plan, all still being computed.
+
+    objective(logps (2B,), batch, args) returns the pairs' metrics, each (B,), "loss" among them. state: parameters and
+    optimizer state; arrays: those of a checkpoint, to go on from. found: the update's batches, as mean_metrics takes
+    them; rates: grad_norm, learning_rate, and is_good. An update whose loss is not finite or whose norm is none up to
+    MAX_NORM is not made, nor any after it, and they are not good: the parameters stay the last good ones.
     """
     maybe_set_recommended_wired_limit()  # a Mac then keeps the model's memory in place
-    optimizer, world, norm, before = make_optimizer(args, len(plan)), mx.distributed.init(), mx.array(0.0), None
+    optimizer, world, is_good, before = make_optimizer(args, len(plan)), mx.distributed.init(), mx.array(True), None
     optimizer.init(params)
-    state = [optimizer.state, mx.random.state]
+    if arrays:
+        optimizer.state.update(tree_map_with_path(lambda name, _: arrays[f"optimizer.{name}"], optimizer.state))
+        arrays.clear()  # or they would stay in memory
+    captured = [optimizer.state, mx.random.state]
 
     def batch_loss(weights, batch):
         logps = completion_logps(install(model, weights, training=True), batch)
         return objective(logps, batch, args)["loss"].sum(), logps
 
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(params, sums, norm, batch, count):
+    @partial(mx.compile, inputs=captured, outputs=captured)
+    def step(params, sums, is_good, batch, count):
         """Add the batch's loss and gradients; given the count of the update's pairs, on its last batch, update too."""
         (loss, logps), gradients = mx.value_and_grad(batch_loss)(unpack(params, layout), batch)
         metrics, new = objective(logps, batch, args), (loss, pack(gradients, "vector" in params))
         sums = new if sums is None else tree_map(mx.add, sums, new)
         if count is None:
-            return params, sums, norm, metrics
+            return params, sums, is_good, None, metrics
         loss, gradients = tree_map(lambda g: g * (world.size() / count), average_gradients(sums))
-        gradients, new_norm = optim.clip_grad_norm(gradients, 1.0)
-        good = mx.isfinite(norm + new_norm + loss)
+        gradients, norm = optim.clip_grad_norm(gradients, 1.0)
+        is_good = is_good & mx.isfinite(loss) & (norm <= MAX_NORM)
         new = optimizer.apply_gradients(gradients, params)
-        params = tree_map(lambda new, old: mx.where(good, new, old), new, params)
-        return params, None, mx.where(good, new_norm, math.nan), metrics
+        params = tree_map(lambda new, old: mx.where(is_good, new, old), new, params)
+        return params, None, is_good, norm, metrics
 
-    for update, group in enumerate(plan, 1):
+    done = optimizer.state["step"].item()
+    for update, group in enumerate(tqdm(plan[done:], desc="training", initial=done, total=len(plan), **BAR), done + 1):
         sums, found = None, []
+        mx.random.seed(np.random.default_rng([args.seed, update]).integers(2**63).item())  # of dropout, as if uncut
         for batch in group:
             pairs, own = own_part(batch)
             count = mx.array(sum(map(len, group))) if batch is group[-1] else None
-            params, sums, norm, metrics = step(params, sums, norm, make_batch(pairs, args.share), count)
-            mx.async_eval(params, sums, norm, metrics, optimizer.state)
+            params, sums, is_good, norm, metrics = step(params, sums, is_good, make_batch(pairs, args.share), count)
+            mx.async_eval(params, sums, is_good, norm, metrics, optimizer.state)
             mx.eval(before)  # one batch is computed while the host prepares the next, not more
             before = metrics
             found.append((metrics, own))
-        yield update, params, found, {"grad_norm": norm, "learning_rate": optimizer.learning_rate}
+        rates = {"grad_norm": norm, "learning_rate": optimizer.learning_rate, "is_good": is_good}
+        yield update, {"params": params, "optimizer": optimizer.state}, found, rates
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -1079,18 +1097,17 @@ def check_folder(folder, args):
         tempfile.TemporaryFile(dir=folder.parent).close()
 
 
-def start_folder(folder, args):
+def start_folder(folder, args, goes_on=False):
     """Make the output folder, with the options and this script in it; an earlier run there becomes folder-1, -2 ..."""
-    with blame(folder, "choose another --adapter-path"):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
-            print(f"The earlier run in {folder} is now in {folder.rename(older)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        config = dict(vars(args))
-        if lora := args.lora_parameters:  # mlx-lm goes by scale; others know PEFT's alpha
-            config["lora_parameters"] = {**lora, "alpha": lora["scale"] * lora["rank"]}
-        save_config(config, folder / "adapter_config.json")
-        shutil.copy(__file__, folder)
+    if not goes_on and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
+        print(f"The earlier run in {folder} is now in {folder.rename(older)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dict(vars(args))
+    if lora := args.lora_parameters:  # mlx-lm goes by scale; others know PEFT's alpha
+        config["lora_parameters"] = {**lora, "alpha": lora["scale"] * lora["rank"]}
+    write_atomically(folder / "adapter_config.json", partial(save_config, config))
+    write_atomically(folder / Path(__file__).name, partial(shutil.copy, __file__))
 
 
 def sync(path):
@@ -1115,21 +1132,87 @@ def write_atomically(path, write):
 
 
 def save_weights(path, params, layout):
-    """Write parameters, in their compute dtypes, under another name, flush and rename: a file is whole or not there."""
-    if mx.distributed.init().rank():
-        return
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    mx.save_safetensors(str(unfinished), unpack(params, layout))
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    """Write parameters in their compute dtypes, as mlx-lm loads them."""
+    write_atomically(path, lambda name: mx.save_safetensors(str(name), unpack(params, layout)))
+
+
+def file_hash(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for part in iter(partial(file.read, 2**20), b""):
+            digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def checkpoints(folder):
+    """Return a run's checkpoints, checkpoint/STEP-HASH.safetensors, the newest first."""
+    return sorted(folder.glob("checkpoint/[0-9]*-*.safetensors"), reverse=True)
+
+
+def save_checkpoint(folder, step, state, facts, keep):
+    """Write state, a tree of arrays, with facts; then delete what is older than the newest keep checkpoints.
+
+    Safetensors have no checksum: the file's name holds it, so that a flipped bit is found.
+    """
+    arrays, unnamed = dict(tree_flatten(state)), folder / "checkpoint" / "unnamed.safetensors"
+    unnamed.parent.mkdir(exist_ok=True)
+    write_atomically(unnamed, lambda name: mx.save_safetensors(str(name), arrays, {"facts": json.dumps(facts)}))
+    new = unnamed.rename(unnamed.with_name(f"{step:08}-{file_hash(unnamed)}.safetensors"))
+    sync(new.parent)
+    older = [path for path in checkpoints(folder) if path.name[:8] < new.name[:8]]
+    for path in {*checkpoints(folder)} - {new, *older[: keep - 1]}:  # one of this step or a later one is damaged
+        path.unlink()
+
+
+def load_checkpoint(folder, facts):
+    """Return the arrays of the newest whole checkpoint, {} where there is none; exit if a run of other facts made it."""
+    for path in checkpoints(folder):
+        if path.stem[9:] != file_hash(path):
+            print(f"{path} is damaged: going on from the one before it")
+            continue
+        with blame(path, "resume with the options and data that it was made with, or leave out --resume"):
+            arrays, metadata = mx.load(str(path), return_metadata=True)
+            known = json.loads(metadata["facts"])
+            differing = [name for name in sorted({*known, *facts}) if known.get(name) != facts.get(name)]
+            changes = ", ".join(f"{name} (was {known.get(name)}, is {facts.get(name)})" for name in differing)
+            need(not differing, f"this run differs in {changes}")
+        return arrays
+    if checkpoints(folder):
+        sys.exit(f"{folder}: no checkpoint is whole: leave out --resume, and the run begins anew")
+    print(f"{folder} has no checkpoint: the run begins at step 0")
+    return {}
+
+
+def run_facts(model, pairs, args):
+    """Return what a run must have in common with the one that it resumes, {name: JSON value}."""
+    free = "model data config adapter_path adapter resume_adapter_file resume train epochs iters test test_batches share"
+    free += " val_batches steps_per_report steps_per_eval save_every keep report_to project_name grad_checkpoint"
+    facts = {name: value for name, value in vars(args).items() if name not in free.split()}
+    tokens = json.dumps([[pair[name] for name in ("prompt", "chosen", "rejected", "weight")] for pair in pairs])
+    facts |= {"the model": fingerprint(model, 1024)[:8], "the pairs": hashlib.sha256(tokens.encode()).hexdigest()[:8]}
+    return json.loads(json.dumps(facts))
+
+
+def earlier_metrics(folder, step):
+    """Return {(step, split): metrics} of metrics.jsonl up to a step, and cut off what was written later."""
+    told, lines, file = {}, [], folder / "metrics.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with suppress(ValueError):  # a kill may have cut a line
+            record = json.loads(line)
+            if record["step"] <= step:
+                told[record.pop("step"), record.pop("split")] = record
+                lines.append(f"{line}\n")
+    if not mx.distributed.init().rank():
+        write_atomically(file, lambda name: name.write_text("".join(lines)))
+    return told
 
 
 def report(step, split, metrics, args, callback=None):
     """Print a line of the metrics; in training also append them to metrics.jsonl and give them to wandb or swanlab."""
     shown = ("loss", "accuracies", "margins", "kl", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb")
     line = [f"{name} {value:.4g}" for name, value in metrics.items() if name.removeprefix("rewards/") in shown]
-    tqdm.write(f"step {step} {split}: {'  '.join(line)}")
+    with suppress(OSError):  # whoever read it has gone
+        tqdm.write(f"step {step} {split}: {'  '.join(line)}")
     if args.train and not mx.distributed.init().rank():
         with open(Path(args.adapter_path, "metrics.jsonl"), "a") as file:
             file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
@@ -1138,72 +1221,201 @@ def report(step, split, metrics, args, callback=None):
         tell({"iteration": step, **{f"{split}/{name}": value for name, value in metrics.items()}})
 
 
-def run(model, params, layout, initial, splits, args, objective, summarize, onward=()):
-    """Train and measure, or measure only, and print what came of it; exit with a line where training breaks off.
+def catch_signals():
+    """Return a list that Ctrl-C, SIGTERM or a closed terminal is added to; the second one ends the process at once."""
+    numbers, caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), []
+    watched = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as nohup wants it
+
+    def note(number, _):
+        caught.append(signal.Signals(number).name)
+        for other in watched:
+            signal.signal(other, signal.SIG_DFL)
+        if number == signal.SIGHUP:  # nothing can be written to the terminal any more
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1), os.dup2(nowhere, 2)
+        os.write(2, b"\nThis step is finished and saved first. Once more: leave at once\n")
+
+    for number in watched:
+        signal.signal(number, note)
+    return caught
+
+
+def memory_advice(pairs, args):
+    """Return the size of the largest batch, and which options make it smaller."""
+    sizes = [(len(b), *padded_widths(b, args.share)) for b in sorted_batches(pairs, args.batch_size, args.share)]
+    count, prompt, row = max(sizes, key=lambda size: size[0] * (size[1] + 2 * size[2]))
+    ways = [] if args.grad_checkpoint else ["add --grad-checkpoint"]
+    if args.batch_size > 1:
+        ways += [f"--batch-size {args.batch_size // 2} --grad-accumulation-steps {2 * args.grad_accumulation_steps}"]
+    ways += [f"--max-seq-length below {prompt + row}", "a lower --num-layers", "a quantized --model, as one of 4 bits"]
+    return f"the largest batch is {count} pairs of {prompt} + 2 x {row} tokens: {', or '.join(ways)}"
+
+
+@contextmanager
+def explain(pairs, args):
+    """Turn a failure of memory, of files or of another process inside into one line: what to do, what is kept, or lost.
+
+    Yields a list; its last function is called then, with whether what was trained can still be saved.
+    """
+    rescues = [lambda _: "nothing is trained yet"]
+    try:
+        yield rescues
+    except (OSError, RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split())[:300]
+        files = isinstance(error, OSError) or text.startswith(("[write]", "[save_safetensors]"))
+        if isinstance(error, MemoryError) or re.search("memory|alloc", text, re.I):
+            advice = memory_advice(pairs, args)
+        elif files:
+            advice = "make room on that disk, or choose another --adapter-path"
+        elif mx.distributed.init().size() > 1:
+            advice = "another process ended: see what it says"
+        else:
+            raise
+        sys.exit(f"{args.adapter_path}: {text or 'out of memory'}: {advice}; {rescues[-1](files)}")
+
+
+def bad_update(found, plan):
+    """Return (step, what is wrong with which pairs) of the first update that was not made; None if all were."""
+    for step, (batches, rates) in found.items():
+        if not rates["is_good"].item():
+            pairs = [pair for batch in plan[step - 1] for pair in own_part(batch)[0]]
+            losses = np.concatenate([np.array(metrics["loss"]) for metrics, _ in batches])
+            bad = [pair for pair, loss in zip(pairs, losses) if not math.isfinite(loss)]
+            why = "the loss is not finite" if bad else f"the gradient norm is {rates['grad_norm'].item():.3g}"
+            places = ", ".join(pair["place"] for pair in (bad or sum(plan[step - 1], []))[:8])
+            return step, f"{why} of {places}: mend them, or lower --learning-rate, and begin anew"
+    return None
+
+
+def train_metrics(found, plan, seconds):
+    """Return the mean metrics of some updates, {step: (batches, rates)}, that took so many seconds."""
+    norms, last = [rates["grad_norm"].item() for _, rates in found.values()], max(found)
+    pairs = [pair for step in found for batch in plan[step - 1] for pair in batch]
+    tokens = sum(2 * len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
+    metrics = mean_metrics(sum((batches for batches, _ in found.values()), []))
+    metrics |= {"grad_norm": sum(norms) / len(norms), "learning_rate": found[last][1]["learning_rate"].item()}
+    return metrics | {"tokens_per_second": tokens / seconds, "peak_memory_gb": mx.get_peak_memory() / 1e9}
+
+
+def begin(folder, model, plan, pairs, args):
+    """Make the output folder, or go on in it; return facts, a checkpoint's arrays or {}, and earlier_metrics or {}."""
+    facts = run_facts(model, pairs, args)
+    arrays = load_checkpoint(folder, facts) if args.resume else {}
+    step, world = arrays["optimizer.step"].item() if arrays else 0, mx.distributed.init()
+    with blame(folder, "resume with as many --epochs or --iters, and the same files for every process"):
+        need(step <= len(plan) and sum_all(step) == step * world.size(), f"it is at step {step} of {len(plan)}")
+    with blame(folder, "choose another --adapter-path"):
+        told = earlier_metrics(folder, step) if arrays else {}
+        if not world.rank():
+            start_folder(folder, args, goes_on=bool(arrays))
+    return facts, arrays, told
+
+
+def keep_best(folder, told, step):
+    """Copy this step's adapter to folder/best if no step has a lower validation loss, or return which one has."""
+    losses = {at: metrics["loss"] for (at, name), metrics in told.items() if name == "valid" and at}
+    best = min(losses, key=losses.get)
+    if losses[step] > losses[best]:
+        return f"; its loss was lower at step {best}: {folder / 'best'} holds that adapter"
+    (folder / "best").mkdir(exist_ok=True)
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        write_atomically(folder / "best" / name, partial(shutil.copy, folder / name))
+    return ""
+
+
+def what_is_kept(folder, saved, step, updates):
+    """Return a sentence: which step the adapter in the folder is of, what is lost, and how to go on."""
+    text = f"{folder / 'adapters.safetensors'} holds step {saved} of {updates}" if saved else "nothing is trained yet"
+    text += ", what came after it is lost" if step > saved else ""
+    if found := checkpoints(folder):
+        command = shlex.join([*(word for word in sys.argv if word != "--resume"), "--resume"])
+        text += f"; to go on from step {int(found[0].name[:8])}: python {command}"
+    return text
+
+
+def measure_only(model, params, layout, splits, args, objective, summarize):
+    """Measure the test pairs, and print what came of it: see run."""
+    metrics = evaluate(model, params, None, layout, splits["test"], args, objective, args.test_batches)
+    report(0, "test", metrics, args)
+    print(summarize("test", metrics, metrics))
+
+
+def run(model, params, layout, initial, splits, args, objective, summarize, rescues):
+    """Train, saving and measuring on the way, and print what came of it; exit with a line where training breaks off.
 
     objective, initial: see train and evaluate. summarize(name, before, after) returns a sentence on the metrics of a
-    split; onward: the words that a later run needs besides --resume-adapter-file.
+    split. rescues: see explain.
     """
-    folder, world, summary, befores = Path(args.adapter_path), mx.distributed.init(), {}, {}
-    file, first = folder / "adapters.safetensors", world.rank() == 0
-    if initial is None:
-        print("kl is left out: it is there for LoRA and DoRA in training, with the model itself as the reference")
+    folder, world, summary, plan = Path(args.adapter_path), mx.distributed.init(), {}, plan_updates(splits["train"], args)
+    facts, arrays, told = begin(folder, model, plan, splits["train"], args)
+    step = saved = arrays["optimizer.step"].item() if arrays else 0
+    state = {"params": {name: arrays.get(f"params.{name}", w) for name, w in params.items()}}
+    first, callback, bad, stop = world.rank() == 0, None, None, False
 
-    def measure(step, name, callback=None):
-        if name in splits:
+    def save(path=folder / "adapters.safetensors"):
+        nonlocal saved
+        if first:
+            save_weights(path, state["params"], layout)
+            saved = step
+
+    def measure(name):
+        if name in splits and (step, name) not in told:
             size = args.val_batches if name == "valid" else args.test_batches
-            metrics = evaluate(model, params, initial, layout, splits[name], args, objective, size)
-            report(step, name, metrics, args, callback)
-            summary[name] = summarize(name, befores.setdefault(name, metrics), metrics)
+            told[step, name] = evaluate(model, state["params"], initial, layout, splits[name], args, objective, size)
+            report(step, name, told[step, name], args, callback)
+        if name in splits:
+            summary[name] = summarize(name, told.get((0, name), told[step, name]), told[step, name])
+        if name == "valid" and name in splits and step and first:
+            summary[name] += keep_best(folder, told, step)
 
-    if not args.train:
-        measure(0, "test")
-        return print(summary["test"])
+    def rescue(can_save):
+        """Save the last good update, if that is possible; return what is kept."""
+        if can_save and step > saved:
+            with suppress(OSError, RuntimeError):
+                start_folder(folder, args, goes_on=True)  # it may have been deleted
+                save()
+        return what_is_kept(folder, saved, step, len(plan))
+
+    rescues.append(rescue)
     if first:
-        start_folder(folder, args)
-    callback = first and get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
-    if gradients_differ(model, params, layout, splits["train"], args):
+        callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
+    if gradients_differ(model, state["params"], layout, splits["train"], args):
         sys.exit("self-check: this model has other gradients with lighter layers: leave out --grad-checkpoint")
-    plan, interrupts, step = plan_updates(splits["train"], args), [], 0
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
     padding = f"{padding_share(itertools.chain(*plan), args.share):.0%} of the tokens are padding"
-    print(f"pairs: {counts}; {len(plan)} updates; {padding}")
-    signal.signal(signal.SIGINT, lambda *_: interrupts.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
-    for name in ("valid", "test"):
-        if name == "valid" or "ref_logps" not in splits["train"][0]:  # the reference tells of the test as it was
-            measure(0, name, callback)
-    found, norms, tokens, start, bar = [], {}, 0, time.perf_counter(), tqdm(plan, desc="training", **BAR)
-    for step, params, batches, rates in train(model, params, layout, bar, args, objective):
-        found, norms[step] = found + batches, rates["grad_norm"]
-        tokens += sum(2 * len(p["prompt"]) + len(p["chosen"]) + len(p["rejected"]) for p in sum(plan[step - 1], []))
-        due = step % args.steps_per_report == 0 or step == len(plan)
-        stop = bool(interrupts) if world.size() == 1 else due and sum_all(len(interrupts)) > 0  # together, or they hang
-        if due or stop:
-            if bad := [s for s, norm in norms.items() if not math.isfinite(norm.item())]:
-                step = bad[0] - 1
-                break
-            metrics = mean_metrics(found) | {"grad_norm": sum(norm.item() for norm in norms.values()) / len(norms)}
-            metrics["learning_rate"] = rates["learning_rate"].item()
-            metrics["tokens_per_second"] = tokens / (time.perf_counter() - start)
-            metrics["peak_memory_gb"] = mx.get_peak_memory() / 1e9
-            report(step, "train", metrics, args, callback)
-            found, norms, tokens, start = [], {}, 0, time.perf_counter()
-        pause = time.perf_counter()
-        if step % args.save_every == 0 or step == len(plan) or stop:
-            save_weights(file, params, layout)
-        if step % args.steps_per_eval == 0 or step == len(plan):
-            measure(step, "valid", callback)
-        start += time.perf_counter() - pause
+    print(f"pairs: {counts}; {len(plan)} updates{f', {step} of them done' if step else ''}; {padding}")
+    caught = catch_signals()
+    if step % args.steps_per_eval == 0 or step == len(plan):
+        measure("valid")
+    if not step and "ref_logps" not in splits["train"][0]:  # the reference tells of the test as it was
+        measure("test")
+    found, start = {}, time.perf_counter()
+    for step, state, batches, rates in train(model, state["params"], layout, plan, args, objective, arrays):
+        found[step], every = (batches, rates), (args.steps_per_report, args.save_every, args.steps_per_eval)
+        reports, saves, measures = (step % n == 0 or step == len(plan) for n in every)
+        due = reports or saves or measures
+        stop = bool(caught) if world.size() == 1 else due and sum_all(len(caught)) > 0  # together, or they hang
+        if not (due or stop):
+            continue
+        if bad := bad_update(found, plan):
+            break
+        report(step, "train", train_metrics(found, plan, time.perf_counter() - start), args, callback)
+        if saves or measures or stop:
+            save()
+            if first and args.keep:
+                save_checkpoint(folder, step, state, facts, args.keep)
+        if measures:
+            measure("valid")
         if stop:
             break
-    if step < len(plan):
-        why = "interrupted" if stop else f"the loss of step {step + 1} is not finite: lower --learning-rate"
-        step or sys.exit(f"{folder}: {why}; nothing is trained yet")
-        save_weights(file, params, layout)
+        found, start = {}, time.perf_counter()
+    if bad or step < len(plan):
+        step = bad[0] - 1 if bad else step
+        why = f"step {bad[0]} was not made: {bad[1]}" if bad else f"interrupted ({', '.join(caught)})"
+        kept = rescue(True)
         sum_all(0)  # the others wait: the launcher ends all when one ends
-        words = shlex.join(["--resume-adapter-file", str(file), *onward])
-        sys.exit(f"{folder}: {why}; it holds step {step} of {len(plan)}. To train on from there, add: {words}")
-    measure(step, "test", callback)
+        sys.exit(f"{folder}: {why}; {kept}")
+    measure("test")
     print(*summary.values(), sep="\n")
 
 
@@ -1217,20 +1429,23 @@ def dpo_summary(name, before, metrics):
 def main():
     args, tokenizer, splits, next_line = prepare(parse_args)
     pairs, reference = sum(splits.values(), []), args.reference_model or (not args.train and args.model)
-    if reference:  # scored and gone before the policy comes
-        add_reference(load_model(reference, None, tokenizer, pairs, args), pairs, args)
-    model = load_model(args.model, args.adapter, tokenizer, pairs, args)
-    if not reference:
-        add_reference(model, pairs, args)
-    with blame(f"--fine-tune-type {args.fine_tune_type}", f"choose what {args.model} can be trained with"):
-        params, layout = trainable_parameters(model, args)
-    if not reference:
-        self_check(install(model, unpack(params, layout)), splits["train"][: args.batch_size], args)
-    initial = None if reference or args.fine_tune_type == "full" else params
-    words = ["--reference-model", reference or args.model]
-    run(model, params, layout, initial, splits, args, dpo_metrics, dpo_summary, words)
-    if args.train:
-        print(next_line)
+    with explain(pairs, args) as rescues:
+        if reference:  # scored and gone before the policy comes
+            add_reference(load_model(reference, None, tokenizer, pairs, args), pairs, args)
+        model = load_model(args.model, args.adapter, tokenizer, pairs, args)
+        if not reference:
+            add_reference(model, pairs, args)
+        with blame(f"--fine-tune-type {args.fine_tune_type}", f"choose what {args.model} can be trained with"):
+            params, layout = trainable_parameters(model, args)
+        if not reference:
+            self_check(install(model, unpack(params, layout)), splits["train"][: args.batch_size], args)
+        initial = None if reference or args.fine_tune_type == "full" else params
+        if initial is None:
+            print("kl is left out: it is there for LoRA and DoRA in training, with the model itself as the reference")
+        if not args.train:
+            return measure_only(model, params, layout, splits, args, dpo_metrics, dpo_summary)
+        run(model, params, layout, initial, splits, args, dpo_metrics, dpo_summary, rescues)
+    print(next_line)
 
 
 if __name__ == "__main__":

@@ -572,13 +572,13 @@ def settle_sharing(model, pairs):
     return 0
 
 
-def fingerprint(model):
-    """Return a hash of the model's configuration and of every bit of its weights."""
+def fingerprint(model, most=None):
+    """Return a hash of the model's configuration and of its weights: of every bit, or of at most so many of each."""
     scales = [(name, getattr(module, "scale", None)) for name, module in model.named_modules()]  # LoRA's is no weight
     digest = hashlib.sha256(f"{getattr(model, 'args', None)} {sorted(scales, key=str)}".encode())
     for name, w in sorted(tree_flatten(model.parameters())):
         digest.update(f"{name} {w.shape} {w.dtype} ".encode())
-        digest.update(memoryview(w.reshape(-1).view(mx.uint8)))
+        digest.update(memoryview(w.reshape(-1)[:most].view(mx.uint8)))
     return digest.hexdigest()[:32]
 
 
@@ -606,19 +606,24 @@ def add_reference(model, pairs, args):
     nothing = (math.nan, math.nan) if not world.rank() else (0, 0)
     for pair, key, row in zip(pairs, keys, sum_all([known.get(key, nothing) for key in keys])):
         pair["key"], pair["ref_logps"] = key, row
-    missing = [pair for pair in pairs if math.isnan(pair["ref_logps"].sum())]
+    is_missing, unique = lambda pair: math.isnan(pair["ref_logps"].sum()), {pair["key"]: pair for pair in pairs}
+    batches = sorted_batches([*unique.values()], args.batch_size, args.share)  # the same ones after a kill
+    partly = [pair for batch in batches if not all(map(is_missing, batch)) for pair in filter(is_missing, batch)]
+    batches = [b for b in batches if all(map(is_missing, b))] + sorted_batches(partly, args.batch_size, args.share)
     score = mx.compile(partial(completion_logps, model))
-    for batch in tqdm(sorted_batches(missing, args.batch_size, args.share), desc="reference", **BAR):
+    for batch in tqdm(batches, desc="reference", **BAR):
         mine, count = own_part(batch)
         values = np.zeros((len(batch), 2))
         values[world.rank() :: world.size()] = np.array(score(make_batch(mine, args.share))).reshape(2, -1).T[:count]
         for pair, row in zip(batch, sum_all(values)):
             pair["ref_logps"] = row
-        new = "".join(f"\n{json.dumps({pair['key']: pair['ref_logps'].tolist()})}" for pair in batch)
+        new = {pair["key"]: pair["ref_logps"].tolist() for pair in batch}
         try:
-            file = file and file.write(new.encode()) and file
+            file = file and file.write(f"\n{json.dumps(new)}".encode()) and file
         except OSError as error:
             file = stop_keeping(error)
+    for pair in pairs:
+        pair["ref_logps"] = unique[pair["key"]]["ref_logps"]
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters

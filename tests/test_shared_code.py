@@ -23,21 +23,25 @@ ALGORITHM = re.compile(r"\b_?(dpo|simpo)(?![a-z])", re.I)
 
 TRAINERS = ("dpo_trainer.py", "simpo_trainer.py")
 SHARED = {  # the scripts that a name is in, and nowhere else
-    ("dpo_trainer.py", "build_dpo_pairs.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["need", "blame", "sync"],
+    ("dpo_trainer.py", "build_dpo_pairs.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): """
+        need blame sync
+    """.split(),
     ("dpo_trainer.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["BAR", "write_atomically"],
     ("build_dpo_pairs.py", "export_ollama.py"): ["whole"],
-    ("dpo_trainer.py", "eval_prefs.py"): ["fingerprint", "add_reference"],
+    ("dpo_trainer.py", "eval_prefs.py"): ["add_reference"],
     ("dpo_trainer.py", "eval_prefs.py", "simpo_trainer.py"): """
         number read_rows load_pairs read_pair to_messages encode_pair encode_pairs
         PAD CHUNK SHARE PrefixCache padded_widths make_batch response_states head_logits in_chunks
         THREADS HEADER ROW FORWARD BACKWARD fused_log_softmax token_logps token_kl completion_logps
-        install sorted_batches own_part sum_all is_exact differ settle_sharing
+        install sorted_batches own_part sum_all is_exact differ settle_sharing fingerprint
     """.split(),
     TRAINERS: """
         ADAPTER OPTIMIZERS YAML_BLOCKS schedule settle_adapter config_words load_splits
         FusedLoRA lean_swiglu lean_swiglu_vjp KeyedDropout Checkpointed
-        trainable_parameters pack unpack lighten padding_share mean_metrics evaluate plan_updates make_optimizer train
-        prepare load_model gradients_differ check_folder start_folder save_weights report run
+        trainable_parameters pack unpack lighten padding_share mean_metrics evaluate plan_updates make_optimizer MAX_NORM
+        train prepare load_model gradients_differ check_folder start_folder save_weights file_hash
+        checkpoints save_checkpoint load_checkpoint run_facts earlier_metrics report catch_signals memory_advice explain
+        bad_update train_metrics begin keep_best what_is_kept measure_only run
     """.split(),
 }
 

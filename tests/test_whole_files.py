@@ -184,7 +184,7 @@ def files_whole(case, killed=False):
 
 
 def folders_whole(case, killed=False):
-    """Folders: all of the earlier or all of the later one; the earlier is never lost, and only a kill leaves neither."""
+    """Folders: all of the earlier or of the later one; the earlier is never lost, and only a kill leaves neither."""
     found = all_whole(case)
     for output in case.outputs:
         own, old, new = ({n: d for n, d in x.items() if n.split("/")[0] == output} for x in (found, case.old, case.new))
@@ -194,7 +194,7 @@ def folders_whole(case, killed=False):
 
 
 def every_call(case, check, number=signal.SIGKILL, calls=None, again=True):
-    """Have a signal come in each of the calls that change a folder, all by default; return how many there were."""
+    """Have a signal come in each of the calls that change a folder, all by default; return their number."""
     for at in calls or count(1):
         case.fresh()
         done = case.run(at=at, signal=number)
@@ -220,7 +220,7 @@ def runs_again(case):
 
 
 def every_byte(case, check, lengths, deadly):
-    """Have each file end at a length, by a kill or as on a full disk, and look at what is there; return how many did."""
+    """Have files end at a length, by a kill or as on a full disk, and look at what is there; return how many did."""
     ended = 0
     for length in lengths:
         case.fresh()
