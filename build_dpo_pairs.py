@@ -1286,13 +1286,15 @@ def generate_rejected(singles, args, done_file):
     known = dict(pair for pair in known if len(items(pair, str)) == 2)
     name = lambda row: digest([args.generate_rejected, args.seed, args.max_tokens, row["prompt"]])
     rest = [row for row in singles if name(row) not in known]
+    advice = f"lower --batch-size or --max-tokens, or make room; what is in {done_file} is not done again"
     for at in range(0, len(rest), args.batch_size):
         batch = rest[at : at + args.batch_size]
         mx.random.seed(int(name(batch[0])[:8], 16))
         ids = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in batch]
         settings = {"max_tokens": args.max_tokens, "sampler": make_sampler(temp=0.8), "return_token_ids": True}
-        found = mlx_lm.batch_generate(model, tokenizer, ids, **settings)
-        with open(done_file, "a", encoding="utf-8") as file:
+        with blame(args.generate_rejected, advice):
+            found = mlx_lm.batch_generate(model, tokenizer, ids, **settings)
+        with blame(done_file, advice), open(done_file, "a", encoding="utf-8") as file:
             for row, text, tokens in zip(batch, found.texts, found.token_ids):
                 # an answer that was cut teaches only length
                 known[name(row)] = text if len(tokens) < args.max_tokens else ""
@@ -1370,34 +1372,61 @@ def sample(row):
     return f"- {row['signal']}, {row['source']}\n  - prompt: {prompt}\n  - chosen: {good}\n  - rejected: {bad}"
 
 
-def write(folder, parts, report, redacted):
-    """Write all files beside the folder, then put them in its place, an older one aside. Exit if a key is left."""
-    with blame(folder, "choose another --out"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-unfinished-", dir=folder.parent))
+def sync(path):
+    """Return when a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def whole(folder):
+    """Give a folder to write in, which gets this name when all of it is on the disk; an older one moves aside."""
+    with blame(folder, "choose another folder, or make room"):
+        unfinished = folder.with_name(f"unfinished-{folder.name}")
+        older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
+        if unfinished.exists():
+            print(f"{unfinished} is what a killed run left: it is written anew")
+            shutil.rmtree(unfinished)
+        try:
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            for path in [*unfinished.rglob("*"), unfinished]:
+                sync(path)
+            if folder.exists():
+                folder.rename(older)
+            unfinished.rename(folder)
+            sync(folder.parent)
+        finally:
+            if older.exists() and not folder.exists():
+                older.rename(folder)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if older.exists():
+            print(f"The earlier {folder} is now {older}")
+
+
+def write(folder, parts, report, redacted):
+    """Write all files, or none: exit if a key is left."""
+    with blame(folder, "nothing was written"):
+        for name, rows in parts.items() if redacted else ():
+            for row in rows:
+                messages = sum([row.get(part, []) for part in ("prompt", "chosen", "rejected", "completion")], [])
+                left = any(has_key(message["content"]) for message in messages)
+                need(not left, f"something like a key is left in {name}.jsonl")
+        need(not (redacted and has_key(report)), "something like a key is left in the report")
+    with whole(folder) as unfinished:
         for name, rows in parts.items():
             with open(unfinished / f"{name}.jsonl", "w", encoding="utf-8", errors="replace") as file:
-                for row in rows:
-                    messages = sum([row.get(part, []) for part in ("prompt", "chosen", "rejected", "completion")], [])
-                    left = redacted and any(has_key(message["content"]) for message in messages)
-                    need(not left, f"something like a key is left in {name}.jsonl")
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        need(not (redacted and has_key(report)), "something like a key is left in the report")
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (unfinished / "report.md").write_text(report, encoding="utf-8", errors="replace")
-        unfinished.chmod(0o755)
-        if folder.exists():
-            older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
-            print(f"The earlier {folder} is now {folder.rename(older)}")
-        unfinished.rename(folder)
-    except (OSError, ValueError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        sys.exit(f"{folder}: {error}: nothing was written")
 
 
 def is_output(path, folder):
     """Whether a file lies in an output of this script: the folder of this run, an older one or an unfinished one."""
-    own = re.compile(re.escape(folder.name) + r"(-\d+|-unfinished-\w+|\.generated\.jsonl)?")
+    name = re.escape(folder.name)
+    own = re.compile(rf"unfinished-{name}|{name}(-\d+|\.generated\.jsonl)?")
     places, home = [path.resolve(), *path.resolve().parents], folder.resolve().parent
     return any(own.fullmatch(place.name) and place.parent == home for place in places)
 
@@ -1442,3 +1471,5 @@ if __name__ == "__main__":
         sys.exit("interrupted")
     except BrokenPipeError:  # the report went into head or less, which has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

@@ -989,13 +989,34 @@ def draw(folder, curves, scores, base):
             for ax in figure.axes:
                 ax.spines[["top", "right"]].set_visible(False)
             figure.tight_layout()
-            figure.savefig(folder / name, dpi=130)
+            write_atomically(folder / name, partial(figure.savefig, dpi=130))
         plt.close("all")
         return [f"## {title}\n\n![{title}]({name})" for title, _, name in shown]
     return ["No pictures: pip install matplotlib"]
 
 
 # -------------------------------------------------------------------------------------------------------------- main
+
+
+def sync(path):
+    """Return when a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path, write):
+    """Have write(name) make a file, and give it its place: after a kill at any byte all of it is there, or what was."""
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    try:
+        write(unfinished)
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)  # where it failed, as on a full disk, that needs the room
 
 
 def show_answers(answers, asked, tokenizer, args):
@@ -1034,14 +1055,17 @@ def show_answers(answers, asked, tokenizer, args):
 
 def write_hard(hard, margins, pairs, messages, rows):
     """Write the pairs whose margin is lowest, the most wrong first, as rows for the trainers; say so in a sentence."""
-    order = np.argsort(margins, kind="stable")[: int(hard[0])]
-    with blame(hard[1], "name a file that can be written"), open(hard[1], "w", encoding="utf-8") as file:
-        for i in order:
-            pair = messages[pairs[i]["place"]]
-            row = {"prompt": pair["prompt"], "chosen": [pair["chosen"]], "rejected": [pair["rejected"]]}
-            row |= {"tools": pair["tools"]} if pair["tools"] else {}
-            row |= {name: rows[i][name] for name in ("weight", "source", "signal", "id") if name in rows[i]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    order, lines = np.argsort(margins, kind="stable")[: int(hard[0])], []
+    for i in order:
+        pair = messages[pairs[i]["place"]]
+        row = {"prompt": pair["prompt"], "chosen": [pair["chosen"]], "rejected": [pair["rejected"]]}
+        row |= {"tools": pair["tools"]} if pair["tools"] else {}
+        row |= {name: rows[i][name] for name in ("weight", "source", "signal", "id") if name in rows[i]}
+        lines += [json.dumps(row, ensure_ascii=False) + "\n"]
+    with blame(hard[1], "name a file that can be written"):
+        file = Path(hard[1]).resolve()
+        need(file.is_file() or not file.exists(), "it is no file")  # a rename would put one in a device's place
+        write_atomically(file, lambda name: name.write_text("".join(lines), encoding="utf-8"))
     low, high = margins[order[0]], margins[order[-1]]
     return f"{len(order)} pairs with margins from {low:.2f} to {high:.2f} nats are in {hard[1]}."
 
@@ -1060,20 +1084,18 @@ def read_known(file):
 
 def write_pairs(file, pairs, scores, keys):
     """Write a record a pair, with every model's numbers so far, whole or not at all."""
-    unfinished = file.with_name(f"unfinished-{file.name}")
-    with blame(file, "choose another --out"), open(unfinished, "w", encoding="utf-8") as out:
-        for i, pair in enumerate(pairs):
-            models = {}
-            for name, found in scores.items():
-                if not math.isnan(found[i, 0]):
-                    chosen, rejected, kl = found[i].tolist()
-                    kl = None if math.isnan(kl) else kl
-                    models[name] = {"key": keys[name], "chosen": chosen, "rejected": rejected, "kl": kl}
-            lengths = {"chosen_tokens": len(pair["chosen"]), "rejected_tokens": len(pair["rejected"])}
-            out.write(json.dumps({"key": pair["key"], "place": pair["place"], **lengths, "models": models}) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-        unfinished.replace(file)
+    lines = []
+    for i, pair in enumerate(pairs):
+        models = {}
+        for name, found in scores.items():
+            if not math.isnan(found[i, 0]):
+                chosen, rejected, kl = found[i].tolist()
+                kl = None if math.isnan(kl) else kl
+                models[name] = {"key": keys[name], "chosen": chosen, "rejected": rejected, "kl": kl}
+        lengths = {"chosen_tokens": len(pair["chosen"]), "rejected_tokens": len(pair["rejected"])}
+        lines += [json.dumps({"key": pair["key"], "place": pair["place"], **lengths, "models": models}) + "\n"]
+    with blame(file, "choose another --out, or make room"):
+        write_atomically(file, lambda name: name.write_text("".join(lines), encoding="utf-8"))
 
 
 def main():
@@ -1131,7 +1153,7 @@ def main():
         margins = (scores[last][:, :2] - (base if last != "base" else 0)) @ [1, -1]
         extra += [write_hard(args.hard, margins, pairs, messages, rows)]
     report = write_report(found, scores, rows, lengths, extra, args)
-    (folder / "report.md").write_text(report, encoding="utf-8")
+    write_atomically(folder / "report.md", lambda name: name.write_text(report, encoding="utf-8"))
     print(report.split("## Length")[0] + f"Written: {folder}/report.md and {folder}/pairs.jsonl")
 
 
@@ -1140,3 +1162,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except OSError as error:
+        sys.exit(f"{Path(__file__).name}: {error}: choose another --out, or make room")
+    except (MemoryError, RuntimeError) as error:  # MLX raises the latter where memory ends
+        sys.exit(f"{' '.join(str(error).split())[:300]}: lower --batch-size or --max-seq-length")

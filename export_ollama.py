@@ -21,11 +21,11 @@ import argparse
 import importlib.util
 import json
 import mmap
+import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,9 @@ def parse_args(words):
         ways = [bool(x) for x in (args.gguf, args.ollama, args.fuse)]
         need(sum(ways) <= 1, "--gguf, --ollama and --fuse are three ways: choose one")
         need(any(ways) or args.lora_gguf or args.peft, "name the base with --gguf or --ollama, or give --fuse")
+    for path in filter(None, (any(ways) and args.out, args.lora_gguf, args.peft)):
+        with blame(path, "choose another place"):
+            need(not Path(path).exists(), "it is there already")
     with blame(args.adapter_path, "name a folder with adapters.safetensors and adapter_config.json"):
         args.config = json.loads(Path(args.adapter_path, "adapter_config.json").read_text())
         args.weights = mx.load(str(Path(args.adapter_path, "adapters.safetensors")))
@@ -170,6 +173,13 @@ def check_base(reader, tensors, arch, path):
     need(not wrong, f"{len(wrong)} tensors differ ({'; '.join(wrong[:3])}): another model, or Ollama's own layout")
 
 
+class Checked(np.ndarray):
+    """An array that the GGUF writer cannot lose: numpy's own tofile is silent where the disk is full."""
+
+    def tofile(self, file):
+        file.write(memoryview(np.ascontiguousarray(self)))
+
+
 def copy_fields(reader, writer):
     import gguf
 
@@ -222,7 +232,7 @@ def merge(reader, tensors, scale, arch, target):
     writer.write_ti_data_to_file()
     for t in tqdm(reader.tensors, desc="merging", **BAR):
         data = merged(t, *tensors[t.name], scale, kinds[t.name]) if t.name in tensors else t.data
-        writer.write_tensor_data(data, tensor_endianess=reader.endianess)
+        writer.write_tensor_data(data.view(Checked), tensor_endianess=reader.endianess)
         reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # what was read of the file is not read again
     writer.close()
     return changed
@@ -241,8 +251,8 @@ def write_lora(path, tensors, scale, arch, config):
     writer.add_float32("adapter.lora.alpha", scale * next(iter(tensors.values()))[0].shape[-2])
     for name, (a, b) in tensors.items():
         a, b = (b, a.T) if name == "token_embd.weight" else (a, b)  # rows of it are looked up
-        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32))
-        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b, np.float32))
+        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32).view(Checked))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b, np.float32).view(Checked))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -252,8 +262,8 @@ def write_lora(path, tensors, scale, arch, config):
 # ------------------------------------------------------------------------------------------------------------ others
 
 
-def write_peft(folder, args):
-    """Write the adapter as PEFT reads it."""
+def to_peft(args):
+    """Return the adapter's arrays and its configuration as PEFT reads them."""
     found, scale = read_adapter(args)
     need(not any("switch_mlp" in module for module in found), "PEFT has no form for stacked experts")
     whole = any(module.endswith(("lm_head", "embed_tokens")) for module in found)
@@ -271,16 +281,17 @@ def write_peft(folder, args):
         "target_modules": sorted(found if whole else {module.rpartition(".")[2] for module in found}),
         "layers_to_transform": None if whole else layers,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays, {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    return arrays, config
 
 
 def fuse(args, folder):
     """Write the merged, dequantized model, its tokenizer as it was, experts one by one, and a Modelfile."""
-    source, words = find_model(args.model), [sys.executable, "-m", "mlx_lm", "fuse", "--dequantize"]
-    words += ["--model", args.model, "--adapter-path", args.adapter_path, "--save-path", str(folder)]
-    need(subprocess.run(words).returncode == 0, "mlx_lm fuse failed")
+    import mlx_lm.fuse
+
+    source, sys.argv = find_model(args.model), ["mlx_lm.fuse", "--dequantize", "--model", args.model]  # it reads them
+    sys.argv += ["--adapter-path", args.adapter_path, "--save-path", str(folder)]
+    with blame("mlx_lm.fuse", f"is {args.adapter_path} an adapter of {args.model}, and is there room?"):
+        mlx_lm.fuse.main()
     for path in [*Path(source).glob("*token*"), *Path(source).glob("chat_template*")]:
         shutil.copy(path, folder)  # mlx-lm leaves out some, and names a class that older readers do not know
     for path in folder.glob("*.safetensors"):
@@ -317,19 +328,51 @@ def ask_ollama(name):
     return blob[1], lines
 
 
+def sync(path):
+    """Return when a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path, write):
+    """Have write(name) make a file, and give it its place: after a kill at any byte all of it is there, or what was."""
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    try:
+        write(unfinished)
+        sync(unfinished)
+        unfinished.replace(path)
+        sync(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)  # where it failed, as on a full disk, that needs the room
+
+
 @contextmanager
 def whole(folder):
-    """Give a folder to write in, which becomes this one at the end, and is gone where anything fails."""
-    with blame(folder, "choose another --out"):
-        need(not folder.exists(), "it is there already")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}-unfinished-", dir=folder.parent))
+    """Give a folder to write in, which gets this name when all of it is on the disk; an older one moves aside."""
+    with blame(folder, "choose another folder, or make room"):
+        unfinished = folder.with_name(f"unfinished-{folder.name}")
+        older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
+        if unfinished.exists():
+            print(f"{unfinished} is what a killed run left: it is written anew")
+            shutil.rmtree(unfinished)
         try:
+            unfinished.mkdir(parents=True)
             yield unfinished
-            unfinished.chmod(0o755)
+            for path in [*unfinished.rglob("*"), unfinished]:
+                sync(path)
+            if folder.exists():
+                folder.rename(older)
             unfinished.rename(folder)
+            sync(folder.parent)
         finally:
+            if older.exists() and not folder.exists():
+                older.rename(folder)
             shutil.rmtree(unfinished, ignore_errors=True)
+        if older.exists():
+            print(f"The earlier {folder} is now {older}")
 
 
 def main():
@@ -337,7 +380,10 @@ def main():
     folder, lines = Path(args.out), ""
     if args.peft:
         with blame(args.adapter_path, "choose another form"):
-            write_peft(Path(args.peft), args)
+            arrays, config = to_peft(args)
+        with whole(Path(args.peft)) as unfinished:
+            mx.save_safetensors(str(unfinished / "adapter_model.safetensors"), arrays, {"format": "pt"})
+            (unfinished / "adapter_config.json").write_text(json.dumps(config, indent=1))
         print(f"Written: {args.peft}, for peft.PeftModel.from_pretrained")
     if args.fuse:
         with whole(folder) as unfinished:
@@ -350,9 +396,10 @@ def main():
         need(importlib.util.find_spec("gguf"), "the package gguf is not there")
     with blame(args.adapter_path, "see --help for the other forms"):
         tensors, scale, arch, config = gguf_factors(args)
-        if args.lora_gguf:
-            write_lora(args.lora_gguf, tensors, scale, arch, config)
-            print(f"Written: {args.lora_gguf}, for llama.cpp's --lora")
+    if args.lora_gguf:
+        with blame(args.lora_gguf, "choose another place, or another form: --help"):
+            write_atomically(Path(args.lora_gguf), lambda name: write_lora(name, tensors, scale, arch, config))
+        print(f"Written: {args.lora_gguf}, for llama.cpp's --lora")
     if args.ollama:
         args.gguf, lines = ask_ollama(args.ollama)
     if not args.gguf:

@@ -1690,7 +1690,7 @@ def test_output_cannot_be_written(tmp_path):
     path = save(tmp_path / "in" / "rows.jsonl", [pair(0)])
     done = run(path, path / "out")
     assert done.code == 1 and len(done.err.strip().splitlines()) == 1 and path.is_file()
-    with patch("tempfile.mkdtemp", side_effect=PermissionError(13, "Permission denied")):
+    with patch.object(Path, "mkdir", side_effect=PermissionError(13, "Permission denied")):
         done = run(path, tmp_path / "out")
     assert refused(done, tmp_path / "out") and str(tmp_path / "out") in done.err
 

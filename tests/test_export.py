@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -350,7 +349,7 @@ def answers(request, gguf, engine, trained):
     """(type, base's GGUF, merged GGUF, {what was asked: logits}) of the trained adapter on a base of each type."""
     folder, model, adapter, ids = trained
     base, out = write_base(gguf, folder / "base.gguf", model, request.param), folder / request.param
-    lora, merged = folder / "lora.gguf", out / "model.gguf"
+    lora, merged = out.with_suffix(".lora.gguf"), out / "model.gguf"
     exported("--adapter-path", adapter, "--gguf", base, "--out", out, "--lora-gguf", lora)
     asked = {"mlx": mlx_logits(model, None, ids), "mlx with adapter": mlx_logits(model, adapter, ids)}
     asked |= {"base": llama_logits(engine, base, None, ids), "base with lora": llama_logits(engine, base, lora, ids)}
@@ -528,13 +527,12 @@ def test_fused_is_model_with_adapter(name, tmp_path):
 def test_fuse_that_fails_leaves_nothing(tmp_path):
     setup = Setup(tmp_path)
 
-    def half(words, **_):
-        folder = Path(words[words.index("--save-path") + 1])
-        folder.mkdir(parents=True, exist_ok=True)
+    def half():
+        folder = Path(sys.argv[sys.argv.index("--save-path") + 1])
         (folder / "model.safetensors").write_bytes(b"half")
-        return subprocess.CompletedProcess(words, 1)
+        raise RuntimeError("[write] Unable to write")
 
-    with mock.patch.object(subprocess, "run", half):
+    with mock.patch("mlx_lm.fuse.main", half):
         refused(tmp_path, *setup.words, "--fuse", "--out", tmp_path / "out", says=["fuse"])
 
 

@@ -23,8 +23,11 @@ ALGORITHM = re.compile(r"\b_?(dpo|simpo)(?![a-z])", re.I)
 
 TRAINERS = ("dpo_trainer.py", "simpo_trainer.py")
 SHARED = {  # the scripts that a name is in, and nowhere else
-    ("dpo_trainer.py", "build_dpo_pairs.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["need", "blame"],
-    ("dpo_trainer.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["BAR"],
+    ("dpo_trainer.py", "build_dpo_pairs.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): """
+        need blame sync
+    """.split(),
+    ("dpo_trainer.py", "eval_prefs.py", "export_ollama.py", "simpo_trainer.py"): ["BAR", "write_atomically"],
+    ("build_dpo_pairs.py", "export_ollama.py"): ["whole"],
     ("dpo_trainer.py", "eval_prefs.py"): ["add_reference"],
     ("dpo_trainer.py", "eval_prefs.py", "simpo_trainer.py"): """
         number read_rows load_pairs read_pair to_messages time_limit encode_pair encode_pairs
@@ -36,7 +39,7 @@ SHARED = {  # the scripts that a name is in, and nowhere else
         ADAPTER OPTIMIZERS YAML_BLOCKS schedule settle_adapter config_words load_splits
         FusedLoRA lean_swiglu lean_swiglu_vjp KeyedDropout Checkpointed
         trainable_parameters pack unpack lighten padding_share mean_metrics evaluate plan_updates make_optimizer MAX_NORM
-        train prepare load_model gradients_differ check_folder start_folder sync write_atomically save_weights file_hash
+        train prepare load_model gradients_differ check_folder start_folder save_weights file_hash
         checkpoints save_checkpoint load_checkpoint run_facts earlier_metrics report catch_signals memory_advice explain
         bad_update train_metrics begin keep_best what_is_kept measure_only run
     """.split(),
