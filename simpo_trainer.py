@@ -508,10 +508,10 @@ class Checkpointed:
         dropouts = [module for module in self.modules() if isinstance(module, KeyedDropout)]
         keys = mx.random.randint(0, 2**31 - 1, (len(dropouts), 2)).astype(mx.uint32)
 
-        def layer(params, held, given):
+        def layer(params, held, given, keys):  # what is no argument, mx.compile does not find again
             self.update(params)
             cache.keys, cache.values = held
-            for dropout, key in zip(dropouts, keys):
+            for dropout, key in zip(dropouts, mx.stop_gradient(keys)):
                 dropout._key = key
             if isinstance(given.get("mask"), mx.array):  # CUDA's attention has no gradient of it, and none is wanted
                 given = given | {"mask": mx.stop_gradient(given["mask"])}
@@ -520,7 +520,7 @@ class Checkpointed:
             return out, [x + 0 for x in (cache.keys, cache.values) if x is not None]
 
         held = (cache.keys, cache.values)
-        out, held = mx.checkpoint(layer)(self.trainable_parameters(), held, given)
+        out, held = mx.checkpoint(layer)(self.trainable_parameters(), held, given, keys)
         cache.keys, cache.values = held or (None, None)
         return out
 
