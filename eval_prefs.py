@@ -816,7 +816,7 @@ def make_judge(args):
     """Return f(text) -> the judge's reply, of a local model or of a server; a server is asked three times."""
     if not args.judge.startswith("http"):
         with blame(args.judge, "give a folder, a Hugging Face name or the address of a server"):
-            model, tokenizer = mlx_lm.load(args.judge)
+            model, tokenizer = mlx_lm.load(args.judge, {"trust_remote_code": False})
 
         def ask(text):
             ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
@@ -1107,8 +1107,8 @@ def main():
         need(not any(Path(folder, name).is_dir() for name in ("report.md", "pairs.jsonl")), "it is no report's folder")
     messages = {pair["place"]: pair for pair in load_pairs(args, args.data, "test")}
     columns = dict(read_rows(args.data, "test"))
-    with blame(args.model, "give a folder or a Hugging Face name"):
-        model, tokenizer = mlx_lm.load(args.model)
+    with blame(args.model, "give a folder or a Hugging Face name; trust_remote_code is off"):
+        model, tokenizer = mlx_lm.load(args.model, {"trust_remote_code": False})  # or it asks, on the terminal
     pairs = encode_pairs(tokenizer, list(messages.values()), args.max_seq_length)
     args.share = settle_sharing(model, pairs)
     add_reference(model, pairs, args)
@@ -1165,4 +1165,6 @@ if __name__ == "__main__":
     except OSError as error:
         sys.exit(f"{Path(__file__).name}: {error}: choose another --out, or make room")
     except (MemoryError, RuntimeError) as error:  # MLX raises the latter where memory ends
+        if isinstance(error, RuntimeError) and not re.search("memory|alloc", str(error), re.I):
+            raise
         sys.exit(f"{' '.join(str(error).split())[:300]}: lower --batch-size or --max-seq-length")

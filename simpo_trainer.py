@@ -1376,6 +1376,8 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
     padding = f"{padding_share(itertools.chain(*plan), args.share):.0%} of the tokens are padding"
     print(f"pairs: {counts}; {len(plan)} updates{f', {step} of them done' if step else ''}; {padding}")
     caught = catch_signals()
+    if step:
+        save()  # the folder may hold a later one, or none
     if step % args.steps_per_eval == 0 or step == len(plan):
         measure("valid")
     if not step and "ref_logps" not in splits["train"][0]:  # the reference tells of the test as it was

@@ -173,3 +173,173 @@ def test_a_few_kills(place, uncut):
 def test_thirty_kills(place, uncut, setting):
     """Also settings with dropout, accumulation, checkpointing: the adapter, the best one, checkpoints and metrics."""
     assert kill_and_resume(place, uncut(setting), setting, 30, seed=7) == 30
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def copy_of(whole, place, name, keep=None):
+    """Return a copy of a run's folder; keep: how many of its checkpoints, the oldest first, are in it."""
+    out = place / name
+    shutil.copytree(whole.out, out)
+    for path in dpo_trainer.checkpoints(out)[: -keep if keep else 0]:
+        path.unlink()
+    return out
+
+
+def test_a_killed_step_comes_from_its_checkpoint(place, uncut):
+    """The uncut run leaves two checkpoints: of the last save and of the one before it."""
+    whole = uncut("lora")
+    assert [path.name[:8] for path in dpo_trainer.checkpoints(whole.out)] == ["00000012", "00000010"]
+    out = copy_of(whole, place, "one-back", keep=1)
+    (out / "adapters.safetensors").unlink()
+    done = launch(place, "lora", out, "--resume")
+    assert "12 updates, 10 of them done" in done.stdout and done.returncode == 0, done.stderr
+    assert contents(out) == contents(whole.out) and records(out) == records(whole.out)
+
+
+def test_a_run_that_has_ended_is_resumed_without_harm(place, uncut):
+    out = copy_of(uncut("lora"), place, "ended")
+    done = launch(place, "lora", out, "--resume")
+    assert done.returncode == 0 and "step" not in done.stdout and "valid: 6 held-out pairs" in done.stdout, done.stderr
+    assert contents(out) == contents(uncut("lora").out) and records(out) == records(uncut("lora").out)
+
+
+def test_keep(place):
+    """As many as --keep says, or none; one that is not wanted is not written."""
+    for keep, expected in ((1, ["00000012"]), (3, ["00000012", "00000010", "00000009"]), (0, [])):
+        done = launch(place, "lora", f"keep-{keep}", "--keep", keep)
+        assert done.returncode == 0, done.stderr
+        assert [path.name[:8] for path in dpo_trainer.checkpoints(place / f"keep-{keep}")] == expected
+
+
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "cut at the end": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "cut in its header": lambda path: os.truncate(path, 20),
+    "empty": lambda path: os.truncate(path, 0),
+    "a bit of its header's length": lambda path: flip(path, 3),
+    "a bit of its header": lambda path: flip(path, 8 * 60 + 2),
+    "a bit of its last number": lambda path: flip(path, 8 * path.stat().st_size - 1),
+    "a bit in its middle": lambda path: flip(path, 4 * path.stat().st_size),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_found_and_the_one_before_it_taken(place, uncut, damage):
+    out = copy_of(uncut("lora"), place, f"damaged-{damage}")
+    newest = dpo_trainer.checkpoints(out)[0]
+    DAMAGE[damage](newest)
+    done = launch(place, "lora", out, "--resume")
+    assert f"{newest} is damaged: going on from the one before it" in done.stdout, damage
+    assert "10 of them done" in done.stdout and done.returncode == 0, done.stderr
+    assert contents(out) == contents(uncut("lora").out) and records(out) == records(uncut("lora").out)
+
+
+def test_no_checkpoint_is_whole(place, uncut):
+    out = copy_of(uncut("lora"), place, "hopeless")
+    for path in dpo_trainer.checkpoints(out):
+        flip(path, 999)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = launch(place, "lora", out, "--resume")
+    assert (done.returncode, done.stdout.count("is damaged")) == (1, 2)
+    assert done.stderr == f"{out}: no checkpoint is whole: leave out --resume, and the run begins anew\n"
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_nothing_to_resume_is_said_and_the_run_begins(place, uncut):
+    done = launch(place, "lora", "nothing-yet", "--resume")
+    assert "nothing-yet has no checkpoint: the run begins at step 0" in done.stdout
+    assert contents(place / "nothing-yet") == contents(uncut("lora").out)
+
+
+def test_more_updates_are_allowed_and_equal_those_of_one_run(place):
+    """With a constant rate they do not depend on how many there are."""
+    words = ["--lr-schedule", "constant", "--warmup", 0]
+    for out, *rest in (("long", "--iters", 15), ("grown", "--iters", 9), ("grown", "--iters", 15, "--resume")):
+        done = launch(place, "dora", out, *words, *rest)
+        assert done.returncode == 0, done.stderr
+    assert (place / "grown/adapters.safetensors").read_bytes() == (place / "long/adapters.safetensors").read_bytes()
+    steps = [(row["step"], row["split"]) for row in records(place / "grown")]
+    assert len(steps) == len(set(steps)) and steps[-1] == (15, "valid")
+
+
+def test_fewer_updates_than_are_done(place, uncut):
+    out = copy_of(uncut("lora"), place, "fewer")
+    done = launch(place, "lora", out, "--resume", "--iters", 5)
+    why = "it is at step 12 of 5: resume with as many --epochs or --iters, and the same files for every process"
+    assert (done.returncode, done.stderr) == (1, f"{out}: {why}\n")
+
+
+@pytest.fixture(scope="module")
+def others(place):
+    """Another model, other rows, and the same rows and model elsewhere."""
+    save_model(place / "other-model", seed=1)
+    shutil.copytree(place / "tiny", place / "moved-model")
+    shutil.copytree(place / "data", place / "moved-data")
+    rows = make_rows(18)
+    for name, changed in {"reordered": rows[::-1], "reworded": [*rows[:-1], rows[-1] | {"chosen": "No."}]}.items():
+        shutil.copytree(place / "data", place / name)
+        write_rows(place / name / "train.jsonl", changed)
+    shutil.copytree(place / "data", place / "weighted")
+    write_rows(place / "weighted" / "train.jsonl", [*rows[:-1], rows[-1] | {"weight": 0.5}])
+
+
+REFUSED = {  # options: what the line must tell
+    "--rank 8": r"rank \(was 4, is 8\), lora_parameters|lora_parameters .*, rank \(was 4, is 8\)",
+    "--seed 3": r"seed \(was 0, is 3\)",
+    "--data reordered": r"the pairs \(was \w{8}, is \w{8}\)",
+    "--data reworded": r"the pairs \(was \w{8}, is \w{8}\)",
+    "--data weighted": r"the pairs \(was \w{8}, is \w{8}\)",
+    "--model other-model": r"the model \(was \w{8}, is \w{8}\)",
+    "--batch-size 1 --beta 0.3": r"batch_size \(was 2, is 1\), beta \(was 0.1, is 0.3\)",
+    "--learning-rate 1e-4 --optimizer sgd": r"learning_rate \(was 0.002, is 0.0001\), optimizer \(was adamw, is sgd\)",
+    "--lr-schedule linear": r"lr_schedule \(was cosine, is linear\)",
+    "--max-seq-length 900": r"max_seq_length \(was 1024, is 900\)",
+    "--grad-accumulation-steps 1": r"grad_accumulation_steps \(was 2, is 1\)",
+    "--num-layers 1": r"num_layers \(was -1, is 1\)",
+    "--loss hinge": r"loss \(was sigmoid, is hinge\)",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_another_run_is_refused_with_what_differs(place, uncut, others, words):
+    whole = uncut("lora")
+    before = {path: path.read_bytes() for path in whole.out.rglob("*") if path.is_file()}
+    done = launch(place, "lora", whole.out, "--resume", *words.split())
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.search(rf"{dpo_trainer.checkpoints(whole.out)[0]}: this run differs in .*({REFUSED[words]})", done.stderr)
+    assert done.stderr.endswith(": resume with the options and data that it was made with, or leave out --resume\n")
+    assert before == {path: path.read_bytes() for path in whole.out.rglob("*") if path.is_file()}
+
+
+def test_what_does_not_change_the_adapter_may_change(place, uncut, others):
+    """Also where the files lie, --grad-checkpoint and how often it is saved and measured."""
+    out = copy_of(uncut("lora"), place, "freely", keep=1)
+    words = "--model moved-model --data moved-data --save-every 1 --steps-per-report 5 --steps-per-eval 7 --keep 1"
+    done = launch(place, "lora", out, "--resume", *words.split(), "--test", "data/valid.jsonl", "--val-batches", 1)
+    assert done.returncode == 0, done.stderr
+    assert (out / "adapters.safetensors").read_bytes() == (uncut("lora").out / "adapters.safetensors").read_bytes()
+
+
+def test_the_best_adapter_is_kept(place):
+    """On validation pairs the wrong way round, which get worse: best/ holds what the first measured step gave."""
+    shutil.copytree(place / "data", place / "contrary")
+    rows = [json.loads(line) for line in (place / "data" / "valid.jsonl").read_text().splitlines()]
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    write_rows(place / "contrary" / "valid.jsonl", swapped)
+    words = ["--data", "contrary", "--iters", 20, "--steps-per-eval", 4, "--lr-schedule", "constant"]
+    done = launch(place, "lora", "worse", *words)
+    assert done.returncode == 0, done.stderr
+    losses = {row["step"]: row["loss"] for row in records(place / "worse") if row["split"] == "valid" and row["step"]}
+    best = min(losses, key=losses.get)
+    assert best != 20 and f"its loss was lower at step {best}: worse/best holds that adapter" in done.stdout
+    done = launch(place, "lora", "until-best", *words, "--iters", best)
+    files = [place / name / "adapters.safetensors" for name in ("worse/best", "until-best")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert json.loads((place / "worse" / "best" / "adapter_config.json").read_text())["fine_tune_type"] == "lora"
