@@ -333,7 +333,7 @@ def test_the_best_adapter_is_kept(place):
     rows = [json.loads(line) for line in (place / "data" / "valid.jsonl").read_text().splitlines()]
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     write_rows(place / "contrary" / "valid.jsonl", swapped)
-    words = ["--data", "contrary", "--iters", 20, "--steps-per-eval", 4, "--lr-schedule", "constant"]
+    words = ["--data", "contrary", "--iters", 20, "--steps-per-eval", 4, "--lr-schedule", "constant", "--warmup", 0]
     done = launch(place, "lora", "worse", *words)
     assert done.returncode == 0, done.stderr
     losses = {row["step"]: row["loss"] for row in records(place / "worse") if row["split"] == "valid" and row["step"]}
@@ -343,3 +343,294 @@ def test_the_best_adapter_is_kept(place):
     files = [place / name / "adapters.safetensors" for name in ("worse/best", "until-best")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert json.loads((place / "worse" / "best" / "adapter_config.json").read_text())["fine_tune_type"] == "lora"
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.fixture
+def disk(place, request):
+    """A function that mounts a small disk at a new folder; skips where the system does not allow it."""
+    folder = place / re.sub(r"\W", "-", request.node.name)
+
+    def mount(size):
+        folder.mkdir(exist_ok=True)
+        state = "remount," if os.path.ismount(folder) else ""
+        try:
+            done = subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"{state}size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+            )
+        except FileNotFoundError:
+            pytest.skip("there is no mount command")
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    if os.path.ismount(folder):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def one_line(done, out):
+    """Assert that a run ended with status 1 and one line, without a traceback; return the line."""
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"{out}: "), done.stderr
+    return done.stderr.strip()
+
+
+def held_step(line):
+    found = re.search(r"adapters.safetensors holds step (\d+) of 12", line)
+    return int(found[1]) if found else 0
+
+
+@pytest.fixture(scope="module")
+def steps_of(place, uncut):
+    """The uncut run's parameters after each save: {step: sorted numbers}."""
+    done = launch(place, "lora", "every-save", "--keep", 99)
+    assert done.returncode == 0, done.stderr
+    found = dpo_trainer.checkpoints(place / "every-save")
+    return {int(path.name[:8]): np.sort(mx.load(str(path))["params.vector"]) for path in found}
+
+
+def check_adapter(out, step, steps_of):
+    """Assert that the adapter in a folder is the one that the uncut run had at this step."""
+    weights = mx.load(str(out / "adapters.safetensors"))
+    ours = np.sort(np.concatenate([np.array(w).flatten() for w in weights.values()]))
+    assert (ours == steps_of[step]).all(), f"the adapter in {out} is not that of step {step}"
+
+
+SIZES = [4, 40, 80, 100, 112, 128, 144, 160, 176, 192, 224, 256]  # KB
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_disk_that_is_full(place, uncut, steps_of, disk, size):
+    """One line, which step is in place and which is lost; with more room, --resume ends as the uncut run did."""
+    out = disk(f"{size}k") / "out"
+    done = launch(place, "lora", out)
+    line = one_line(done, out)
+    assert "Unable to write" in line or "No space left" in line, line
+    assert "make room on that disk" in line or "choose another --adapter-path" in line, line
+    assert not out.exists() or not list(out.rglob("unfinished-*")), "what is unfinished takes room"
+    if step := held_step(line):
+        check_adapter(out, step, steps_of)
+    else:
+        assert "nothing is trained yet" in line or "choose another" in line
+        assert not (out / "adapters.safetensors").exists()
+    disk("9m")
+    done = launch(place, "lora", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert contents(out) == contents(uncut("lora").out) and records(out) == records(uncut("lora").out)
+
+
+def started(place, out, *words, setting="lora", iters=5000, take="import os, sys; os.execv(sys.argv[1], sys.argv[1:])", **pipes):
+    """Start a run that goes on for long; return the process once its second update is reported."""
+    script, options = SETTINGS[setting]
+    given = [ROOT / f"{script}.py", "--model", "tiny", "--data", "data", *RUN, *options.split()]
+    given += ["--iters", iters, "--adapter-path", out, "--lr-schedule", "constant", "--learning-rate", 1e-4, "--warmup", 0, *words]
+    restore = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell may have it ignored
+    command = [sys.executable, "-c", f"{restore}; {take}", sys.executable, *map(str, given)]
+    env = {**os.environ, "XDG_CACHE_HOME": str(place / "cache-lora"), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | pipes
+    process = subprocess.Popen(command, cwd=place, env=env, **pipes)
+    metrics = Path(place, out, "metrics.jsonl")
+    while process.poll() is None and not (metrics.exists() and '"step": 9, "split": "train"' in metrics.read_text()):
+        time.sleep(0.02)
+    return process
+
+
+def ended(process):
+    """Return a process that has ended, with its output."""
+    stdout, stderr = process.communicate(timeout=100)
+    return SimpleNamespace(returncode=process.returncode, stdout=stdout, stderr=stderr)
+
+
+def test_a_disk_that_becomes_read_only(place, disk):
+    out = disk("9m") / "out"
+    process = started(place, out)
+    subprocess.run(["mount", "-o", "remount,ro", str(out.parent)], check=True)
+    line = one_line(ended(process), out)
+    assert "Read-only file system" in line, line
+    assert int(re.search(r"holds step (\d+) of 5000, what came after it is lost; to go on from step \d+: ", line)[1]) >= 9
+    assert np.isfinite(np.concatenate([w.flatten() for w in mx.load(str(out / "adapters.safetensors")).values()])).all()
+
+
+def test_a_read_only_disk_is_refused_before_the_work(place, disk):
+    out = disk("9m") / "out"
+    subprocess.run(["mount", "-o", "remount,ro", str(out.parent)], check=True)
+    done = launch(place, "lora", out)
+    assert "Read-only file system" in one_line(done, out) and "tokenizing" not in done.stdout
+
+
+def test_a_folder_that_is_deleted_in_training(place):
+    """The adapter of the last update is put in place again; only metrics and checkpoints are lost with the folder."""
+    out = place / "deleted"
+    process = started(place, out)
+    shutil.rmtree(out, ignore_errors=True)
+    line = one_line(ended(process), out)
+    assert "No such file or directory" in line, line
+    step = int(re.search(r"adapters.safetensors holds step (\d+) of 5000", line)[1])
+    assert step > 8 and {"adapters.safetensors", "adapter_config.json"} <= {path.name for path in out.iterdir()}
+    model = dpo_trainer.mlx_lm.load(str(place / "tiny"), adapter_path=str(out))[0]
+    assert mx.isfinite(model(mx.array([[7, 8, 9]]))).all()
+
+
+MEMORY = [  # as MLX says it with Metal, with CUDA and on the CPU, and Python
+    "RuntimeError('[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPUCommandBufferCallback)')",
+    "RuntimeError('[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed size')",
+    "RuntimeError('[cudaMallocAsync] out of memory.')",
+    "MemoryError()",
+]
+PLACES = {"completion_logps": "reference", "evaluate": "measuring", "train": "training", "save_weights": "saving"}
+
+
+@pytest.mark.parametrize("function", PLACES)
+@pytest.mark.parametrize("error", MEMORY[:1] + MEMORY[-1:])
+def test_out_of_memory(place, function, error):
+    out = place / f"memory-{function}-{MEMORY.index(error)}"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dpo_trainer as script\n"
+    code += f"def fails(*given, **named):\n    raise {error}\nscript.{function} = fails\nscript.settle_sharing = lambda *_: 0.9\n"
+    words = ["--model", "tiny", "--data", "data", *RUN, "--batch-size", 6, "--no-reference-cache", "--adapter-path", out]
+    done = subprocess.run([sys.executable, "-c", code + "script.main()", *map(str, words)], cwd=place, capture_output=True, text=True)
+    line = one_line(done, out)
+    sizes = r"the largest batch is 6 pairs of \d+ \+ 2 x \d+ tokens: add --grad-checkpoint, or "
+    ways = "--batch-size 3 --grad-accumulation-steps 2, or --max-seq-length below "
+    ways += r"\d+, or a lower --num-layers, or a quantized --model, as one of 4 bits; nothing is trained yet"
+    assert re.search(sizes + ways, line), line
+
+
+@pytest.mark.parametrize("error", MEMORY)
+def test_memory_that_ends_in_training_leaves_the_last_save(place, uncut, steps_of, error):
+    """It ends in the eighth update; step 6 is in place, and with --grad-checkpoint the run goes on from there."""
+    out = place / f"memory-at-8-{MEMORY.index(error)}"
+    updates = "train = script.train\ndef counted(*given):\n    for found in train(*given):\n        if found[0] == 7:\n"
+    updates += f"            raise {error}\n        yield found\nscript.train = counted\nscript.main()"
+    code = (place / "killed.py").read_text().replace("script.main()", updates)
+    (place / "memory.py").write_text(code)
+    words = [place / "memory.py", ROOT, "dpo_trainer", 0, "--model", "tiny", "--data", "data", *RUN, *SETTINGS["lora"][1].split()]
+    done = subprocess.run([sys.executable, *map(str, words), "--adapter-path", str(out)], cwd=place, capture_output=True, text=True)
+    line = one_line(done, out)
+    assert held_step(line) == 6 and "; to go on from step 6: python " in line, line
+    check_adapter(out, 6, steps_of)
+    done = launch(place, "lora", out, "--resume", "--grad-checkpoint")
+    assert done.returncode == 0 and "6 of them done" in done.stdout, done.stderr
+
+
+def test_another_fault_is_no_matter_of_memory(place):
+    """What is wrong with the code is shown as what it is, with its place."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import dpo_trainer as script\n"
+    code += "def fails(*given):\n    raise RuntimeError('of another kind')\nscript.train = fails\nscript.main()"
+    words = ["--model", "tiny", "--data", "data", *RUN, "--adapter-path", "fault"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and done.stderr.endswith("RuntimeError: of another kind\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("setting", ["lora", "dora"])
+def test_a_signal_ends_after_the_step_and_the_printed_command_goes_on(place, number, setting):
+    """What it tells to type ends where a run without a break ends."""
+    out, whole = place / f"signal-{number}-{setting}", place / f"no-signal-{setting}"
+    process = started(place, out, setting=setting)
+    process.send_signal(number)
+    done = ended(process)
+    note, line = done.stderr.strip().splitlines()
+    assert note == "This step is finished and saved first. Once more: leave at once" and done.returncode == 1
+    name = signal.Signals(number).name
+    held = rf"{out}: interrupted \({name}\); {out}/adapters.safetensors holds step (\d+) of 5000; to go on from step \1: "
+    step = int(re.match(held, line)[1])
+    command = line.split(": python ")[1].split()
+    assert records(out)[-1]["step"] == step and command[-1] == "--resume"
+    env = {**os.environ, "XDG_CACHE_HOME": str(place / "cache-lora")}
+    command = [sys.executable, *command, "--iters", str(step + 3)]
+    subprocess.run(command, cwd=place, env=env, check=True, stdout=subprocess.DEVNULL)
+    process = started(place, whole, setting=setting, iters=step + 3)
+    assert ended(process).returncode == 0
+    same = [folder / "adapters.safetensors" for folder in (out, whole)]
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_signals_end_at_once_and_nothing_is_torn(place, number):
+    """The tenth update takes a minute: the second signal does not wait for it, and step 9 stays in place."""
+    out = place / f"twice-{number}"
+    slow = f"sys.path.insert(0, {str(ROOT)!r}); import time, dpo_trainer as script; train = script.train\ndef slowly(*given):"
+    slow += "\n    for found in train(*given):\n        time.sleep(60 * (found[0] == 10))\n        yield found\n"
+    process = started(place, out, take=f"import sys; sys.argv[:2] = []; {slow}script.train = slowly\nscript.main()")
+    process.send_signal(number)
+    assert process.stderr.readline() == "\n" and process.stderr.readline().startswith("This step is finished")
+    time.sleep(0.3)
+    assert process.poll() is None, "the first signal lets the step end"
+    process.send_signal(number)
+    start = time.monotonic()
+    assert ended(process).returncode == -number and time.monotonic() - start < 5
+    check_whole(out)
+    assert [path.name[:8] for path in dpo_trainer.checkpoints(out)] == ["00000009", "00000006"]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_closed(place, ignored):
+    """As a window that is shut: nothing can be written any more; nohup has the run go on."""
+    out = place / f"closed-{ignored}"
+    ours, theirs = pty.openpty()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        streams = dict(stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        take = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        if ignored:  # nohup writes to a file then
+            streams |= dict.fromkeys(("stdout", "stderr"), open(place / "nohup.out", "w"))
+        process = started(place, out, iters=60, take=take, **streams)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    os.close(theirs)
+    os.close(ours)
+    status = process.wait(100)
+    last = records(out)[-1]["step"]
+    check_whole(out)
+    steps = [int(path.name[:8]) for path in dpo_trainer.checkpoints(out)]
+    assert (status, last == 60) == ((0, True) if ignored else (1, False)), (status, last)
+    assert steps[0] == last, f"step {last} is lost: the checkpoints are of steps {steps}"
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(place, uncut):
+    """As in dpo_trainer.py ... | head -2."""
+    process = started(place, place / "piped", iters=12)
+    process.stdout.close()
+    assert process.wait(100) == 0 or "Broken pipe" in process.stderr.read()
+    assert (place / "piped" / "adapters.safetensors").exists() and records(place / "piped")[-1]["step"] == 12
+    process.stderr.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------- soak
+
+SOAK = """import json, resource, sys, time
+sys.path.insert(0, sys.argv.pop(1))
+import dpo_trainer
+report = dpo_trainer.report
+
+def measured(step, *given):
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print("usage", json.dumps([step, usage.ru_maxrss, usage.ru_utime + usage.ru_stime]), flush=True)
+    report(step, *given)
+
+dpo_trainer.report = measured
+dpo_trainer.main()
+"""
+
+
+@pytest.mark.slow
+def test_two_thousand_updates_take_no_more_memory_and_time_at_the_end(tmp_path):
+    """Bundled model and pairs, batches of one; an epoch is 432 updates. Time is the process' own, of whole epochs."""
+    (tmp_path / "soak.py").write_text(SOAK)
+    words = ["--model", "data/tiny-chat", "--data", "data/pairs.jsonl", "--iters", 2000, "--batch-size", 1]
+    words += ["--steps-per-report", 8, "--steps-per-eval", 2000, "--adapter-path", tmp_path / "out"]
+    command = [sys.executable, *map(str, [tmp_path / "soak.py", ROOT, *words])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    usage = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("usage ")]
+    memory, seconds = ({step: row[i] for step, *row in usage} for i in (0, 1))
+    early, late = ((seconds[to] - seconds[start]) / (to - start) for start, to in ((200, 632), (1568, 2000)))
+    print(f"memory {memory[200]} -> {memory[2000]}, seconds a step {early:.4f} -> {late:.4f}")
+    assert memory[2000] <= 1.05 * memory[200], f"memory grew: {memory[200]} at step 200, {memory[2000]} at the end"
+    assert late <= 1.1 * early, f"a step took {early:.4f} s at first, {late:.4f} s at the end"
