@@ -1220,9 +1220,12 @@ def run_facts(model, pairs, args):
     """Return what a run must have in common with the one that it resumes, {name: JSON value}."""
     free = "model data config adapter_path adapter resume_adapter_file resume train epochs iters test test_batches"
     free += " val_batches steps_per_report steps_per_eval save_every keep report_to project_name grad_checkpoint share"
+    free += " lora_parameters"  # rank, scale, dropout and keys once more
     facts = {name: value for name, value in vars(args).items() if name not in free.split()}
-    tokens = json.dumps([[pair[name] for name in ("prompt", "chosen", "rejected", "weight")] for pair in pairs])
-    facts |= {"the model": fingerprint(model, 1024)[:8], "the pairs": hashlib.sha256(tokens.encode()).hexdigest()[:8]}
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(json.dumps([pair[name] for name in ("prompt", "chosen", "rejected", "weight")]).encode())
+    facts |= {"the weights at first": fingerprint(model, 1024)[:8], "the pairs": digest.hexdigest()[:8]}
     return json.loads(json.dumps(facts))
 
 
@@ -1362,8 +1365,9 @@ def keep_best(folder, told, step):
 
 def what_is_kept(folder, saved, step, updates):
     """Return a sentence: which step the adapter in the folder is of, what is lost, and how to go on."""
-    text = f"{folder / 'adapters.safetensors'} holds step {saved} of {updates}" if saved else "nothing is trained yet"
-    text += ", what came after it is lost" if step > saved else ""
+    file, text = folder / "adapters.safetensors", "nothing is trained yet" if not step else "all that was trained is lost"
+    if saved and file.exists():
+        text = f"{file} holds step {saved} of {updates}" + ", what came after it is lost" * (step > saved)
     if found := checkpoints(folder):
         command = shlex.join([*(word for word in sys.argv if word != "--resume"), "--resume"])
         text += f"; to go on from step {int(found[0].name[:8])}: python {command}"
@@ -1406,7 +1410,7 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
 
     def rescue(can_save):
         """Save the last good update, if that is possible; return what is kept."""
-        if can_save and step > saved:
+        if can_save and step and not (saved == step and (folder / "adapters.safetensors").exists()):
             with suppress(OSError, RuntimeError):
                 if first:
                     start_folder(folder, args, goes_on=True)  # it may have been deleted

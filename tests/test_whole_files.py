@@ -8,7 +8,6 @@ import subprocess
 import sys
 from functools import cache
 from itertools import count
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_rows, save_model, write_rows
