@@ -506,13 +506,13 @@ class Checkpointed:
         given = dict(zip(inspect.signature(super().__call__).parameters, args)) | kwargs
         cache = next((x for x in given.values() if isinstance(x, PrefixCache)), PrefixCache())
         dropouts = [module for module in self.modules() if isinstance(module, KeyedDropout)]
-        keys = mx.random.randint(0, 2**31 - 1, (len(dropouts), 2)).astype(mx.uint32)
+        keys = [mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) for _ in dropouts]
 
         def layer(params, held, given, keys):  # what is no argument, mx.compile does not find again
             self.update(params)
             cache.keys, cache.values = held
-            for dropout, key in zip(dropouts, mx.stop_gradient(keys)):
-                dropout._key = key
+            for dropout, key in zip(dropouts, keys):
+                dropout._key = mx.stop_gradient(key)
             if isinstance(given.get("mask"), mx.array):  # CUDA's attention has no gradient of it, and none is wanted
                 given = given | {"mask": mx.stop_gradient(given["mask"])}
             out = super(Checkpointed, self).__call__(**given)

@@ -3,6 +3,7 @@
 import importlib
 import math
 from contextlib import contextmanager
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -889,3 +890,25 @@ def test_checkpointing_and_sharing_lower_the_peak(quick):
     light = [peak(batch) for batch in (whole, shared)]
     assert plain[1] < 0.75 * plain[0]  # 512 tokens' activations instead of 896's
     assert light[1] < 0.5 * plain[1] and light[0] < 0.5 * plain[0]
+
+
+def test_checkpointed_dropout_draws_the_same_mask_again_also_when_compiled():
+    """The compiled step failed: the masks' keys were no arguments. The gradient's slope along itself is its norm."""
+    args = options("--dropout", 0.3, "--grad-checkpoint")
+    model, batch = build("llama"), dpo.make_batch(draw_pairs((9, 5, 7), (12, 6, 4)), 0)
+    params, layout = dpo.trainable_parameters(model, args)
+    params = tree_map(lambda w: w + 0.05 * mx.random.normal(w.shape, key=mx.random.key(3)), params)
+    dpo.lighten(model, args)
+    loss = lambda params: dpo.completion_logps(dpo.install(model, dpo.unpack(params, layout), True), batch).sum()
+    step = partial(mx.compile, inputs=[mx.random.state], outputs=[mx.random.state])(mx.value_and_grad(loss))
+
+    def at(function, params):
+        mx.random.seed(5)
+        return function(params)
+
+    value, gradient = at(step, params)
+    other = step(params)[0]
+    assert value.item() == pytest.approx(at(loss, params).item(), rel=1e-5) and abs(other - value).item() > 1e-3
+    size, far = norm(gradient), 2e-4
+    ends = [at(loss, {"vector": params["vector"] + sign * far / size * gradient["vector"]}) for sign in (1, -1)]
+    assert (ends[0] - ends[1]).item() / (2 * far) == pytest.approx(size, rel=0.03)
