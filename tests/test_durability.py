@@ -202,6 +202,7 @@ def test_a_killed_step_comes_from_its_checkpoint(place, uncut):
     assert contents(out) == contents(whole.out) and records(out) == records(whole.out)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended_is_resumed_without_harm(place, uncut):
     out = copy_of(uncut("lora"), place, "ended")
     done = launch(place, "lora", out, "--resume")
@@ -209,6 +210,7 @@ def test_a_run_that_has_ended_is_resumed_without_harm(place, uncut):
     assert contents(out) == contents(uncut("lora").out) and records(out) == records(uncut("lora").out)
 
 
+@pytest.mark.slow
 def test_keep(place):
     """As many as --keep says, or none; one that is not wanted is not written."""
     for keep, expected in ((1, ["00000012"]), (3, ["00000012", "00000010", "00000009"]), (0, [])):
@@ -256,6 +258,7 @@ def test_no_checkpoint_is_whole(place, uncut):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_nothing_to_resume_is_said_and_the_run_begins(place, uncut):
     done = launch(place, "lora", "nothing-yet", "--resume")
     assert "nothing-yet has no checkpoint: the run begins at step 0" in done.stdout
@@ -311,7 +314,7 @@ REFUSED = {  # options: what the line must tell
 }
 
 
-@pytest.mark.parametrize("words", few(REFUSED, 4))
+@pytest.mark.parametrize("words", few(REFUSED, 3))
 def test_another_run_is_refused_with_what_differs(place, uncut, others, words):
     whole = uncut("lora")
     before = {path: path.read_bytes() for path in whole.out.rglob("*") if path.is_file()}
@@ -331,6 +334,7 @@ def test_what_does_not_change_the_adapter_may_change(place, uncut, others):
     assert (out / "adapters.safetensors").read_bytes() == (uncut("lora").out / "adapters.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_kept(place):
     """On validation pairs the wrong way round, which get worse: best/ holds what the first measured step gave."""
     shutil.copytree(place / "data", place / "contrary")
@@ -402,10 +406,10 @@ def check_adapter(out, step, steps_of):
     assert (ours == steps_of[step]).all(), f"the adapter in {out} is not that of step {step}"
 
 
-SIZES = [4, 176, 256, 40, 80, 100, 112, 128, 144, 160, 192, 224]  # KB
+SIZES = [176, 4, 256, 40, 80, 100, 112, 128, 144, 160, 192, 224]  # KB
 
 
-@pytest.mark.parametrize("size", few(SIZES, 3))
+@pytest.mark.parametrize("size", few(SIZES, 1))
 def test_a_disk_that_is_full(place, uncut, steps_of, disk, size):
     """One line, which step is in place and which is lost; with more room, --resume ends as the uncut run did."""
     out = disk(f"{size}k") / "out"
@@ -456,7 +460,8 @@ def test_a_disk_that_becomes_read_only(place, disk):
     subprocess.run(["mount", "-o", "remount,ro", str(out.parent)], check=True)
     line = one_line(ended(process), out)
     assert "Read-only file system" in line, line
-    assert int(re.search(r"holds step (\d+) of 5000, what came after it is lost; to go on from step \d+: ", line)[1]) >= 9
+    kept = re.search(r"holds step (\d+) of 5000(, what came after it is lost)?; to go on from step \d+: python ", line)
+    assert int(kept[1]) >= 9, line
     assert np.isfinite(np.concatenate([w.flatten() for w in mx.load(str(out / "adapters.safetensors")).values()])).all()
 
 
@@ -515,7 +520,8 @@ def test_out_of_memory(place, function, error):
     assert re.search(sizes + ways, line), line
 
 
-@pytest.mark.parametrize("error", few(MEMORY, 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("error", MEMORY)
 def test_memory_that_ends_in_training_leaves_the_last_save(place, uncut, steps_of, error):
     """It ends in the eighth update; step 6 is in place, and with --grad-checkpoint the run goes on from there."""
     out = place / f"memory-at-8-{MEMORY.index(error)}"
@@ -580,7 +586,7 @@ def test_two_signals_end_at_once_and_nothing_is_torn(place, number):
     assert [path.name[:8] for path in dpo_trainer.checkpoints(out)] == ["00000009", "00000006"]
 
 
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize("ignored", few([False, True], 1))
 def test_a_terminal_that_is_closed(place, ignored):
     """As a window that is shut: nothing can be written any more; nohup has the run go on."""
     out = place / f"closed-{ignored}"
@@ -604,6 +610,7 @@ def test_a_terminal_that_is_closed(place, ignored):
     assert steps[0] == last, f"step {last} is lost: the checkpoints are of steps {steps}"
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_run(place, uncut):
     """As in dpo_trainer.py ... | head -2."""
     process = started(place, place / "piped", iters=12)
