@@ -143,7 +143,7 @@ def state_of(blind=False, cut=False, call=False):
 
 def printable(text):
     """Return a text without what a terminal would obey and what UTF-8 cannot hold."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return "".join("?" if unicodedata.category(c) in ("Cc", "Cs") and c != "\n" else c for c in text)
 
 
 def name_of(value):
@@ -1472,4 +1472,4 @@ if __name__ == "__main__":
     except BrokenPipeError:  # the report went into head or less, which has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+        sys.exit(f"{Path(__file__).name}: {error}: make room there, or choose another --out")

@@ -19,6 +19,7 @@ Letters: B pairs, 2B rows (the chosen answers, then the rejected), R response to
 """
 
 import argparse
+import fcntl
 import hashlib
 import importlib.util
 import inspect
@@ -375,24 +376,23 @@ def encode_pairs(tokenizer, pairs, limit):
     for pair in tqdm(pairs, desc="tokenizing", **BAR):
         first = int(pair["prompt"][0]["role"] in ("system", "developer"))
         later = [i for i, message in enumerate(pair["prompt"]) if message["role"] == "user" and i > first]
-        ids, moves, answers = None, 0, ([pair["chosen"]], [pair["rejected"]])
+        answers = ([pair["chosen"]], [pair["rejected"]])
 
         def encode(start):
-            """Try the conversation without what stands before start; return whether it fits."""
-            nonlocal ids, moves
+            """Return token ids without what stands before start, how many moved, and whether they fit."""
             messages = pair["prompt"][:first] + pair["prompt"][start:]
             size, *sides = (sum(len(m.get("content") or "") for m in part) for part in (messages, *answers))
             if (letters := size + max(sides)) > room:
-                return False
+                return None, 0, False
             with time_limit(2 + letters / 1e5):
                 *ids, moves = encode_pair(tokenizer, messages, pair["chosen"], pair["rejected"], pair["tools"])
-            return len(ids[0]) + max(map(len, ids[1:])) <= limit
+            return ids, moves, len(ids[0]) + max(map(len, ids[1:])) <= limit
 
         with blame(pair["place"], "the model's chat template refuses this conversation"):
-            start, fits = first, encode(first)
+            start, (ids, moves, fits) = first, encode(first)
             if not fits and later:
-                start = later[min(bisect_left(later, True, key=encode), len(later) - 1)]
-                fits = encode(start)
+                start = later[min(bisect_left(later, True, key=lambda start: encode(start)[2]), len(later) - 1)]
+                ids, moves, fits = encode(start)
         shortened, long, moved = shortened + (fits and start > first), long + (not fits), max(moved, moves)
         if fits and ids[1] != ids[2]:
             names = ("prompt", "chosen", "rejected")
@@ -930,7 +930,10 @@ def add_reference(model, pairs, args):
     nothing = (math.nan, math.nan) if not world.rank() else (0, 0)
     for pair, key, row in zip(pairs, keys, sum_all([known.get(key, nothing) for key in keys])):
         pair["key"], pair["ref_logps"] = key, row
-    is_missing, unique = lambda pair: math.isnan(pair["ref_logps"].sum()), {pair["key"]: pair for pair in pairs}
+    is_missing = lambda pair: math.isnan(pair["ref_logps"].sum())
+    if not any(map(is_missing, pairs)):
+        return
+    unique = {pair["key"]: pair for pair in pairs}
     batches = sorted_batches([*unique.values()], args.batch_size, args.share)  # the same ones after a kill
     partly = [pair for batch in batches if not all(map(is_missing, batch)) for pair in filter(is_missing, batch)]
     batches = [b for b in batches if all(map(is_missing, b))] + sorted_batches(partly, args.batch_size, args.share)
@@ -1121,9 +1124,21 @@ def self_check(model, pairs, args):
         sys.exit("self-check: untrained, the policy does not score answers as the reference: --no-reference-cache")
 
 
+def lock(folder):
+    """Keep a folder for this process until it ends; raise ValueError if another run has it."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        need(False, "another run is writing there")
+    except OSError:  # a disk that knows no locks
+        pass
+
+
 def check_folder(folder, args):
     """Exit if the output folder cannot be written, or holds what the run reads, which would be moved aside with it."""
     with blame(folder, "choose another --adapter-path"):
+        if folder.is_dir():
+            lock(folder)
         read = [Path(str(name)).resolve() for name in (args.model, args.data, args.test, __file__)]
         need(not any(folder.resolve() in (path, *path.parents) for path in read), "it holds what this run reads")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -1159,7 +1174,8 @@ def write_atomically(path, write):
         write(unfinished)
         sync(unfinished)
         unfinished.replace(path)
-        sync(path.parent)
+        with suppress(OSError):  # some disks in a network know no flush of a folder
+            sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)  # where it failed, as on a full disk, that needs the room
 
@@ -1183,15 +1199,17 @@ def checkpoints(folder):
 
 
 def save_checkpoint(folder, step, state, facts, keep):
-    """Write state, a tree of arrays, with facts; then delete what is older than the newest keep checkpoints.
+    """Write state, a tree of arrays, with facts; then delete all checkpoints but the newest ones up to this step.
 
     Safetensors have no checksum: the file's name holds it, so that a flipped bit is found.
     """
     arrays, unnamed = dict(tree_flatten(state)), folder / "checkpoint" / "unnamed.safetensors"
     unnamed.parent.mkdir(exist_ok=True)
+    unnamed.unlink(missing_ok=True)  # of a killed run
     write_atomically(unnamed, lambda name: mx.save_safetensors(str(name), arrays, {"facts": json.dumps(facts)}))
     new = unnamed.rename(unnamed.with_name(f"{step:08}-{file_hash(unnamed)}.safetensors"))
-    sync(new.parent)
+    with suppress(OSError):
+        sync(new.parent)
     older = [path for path in checkpoints(folder) if path.name[:8] < new.name[:8]]
     for path in {*checkpoints(folder)} - {new, *older[: keep - 1]}:  # one of this step or a later one is damaged
         path.unlink()
@@ -1233,7 +1251,7 @@ def earlier_metrics(folder, step):
     """Return {(step, split): metrics} of metrics.jsonl up to a step, and cut off what was written later."""
     told, lines, file = {}, [], folder / "metrics.jsonl"
     for line in file.read_text().splitlines() if file.exists() else []:
-        with suppress(ValueError):  # a kill may have cut a line
+        with suppress(ValueError, KeyError, TypeError):  # a kill may have cut a line
             record = json.loads(line)
             if record["step"] <= step:
                 told[record.pop("step"), record.pop("split")] = record
@@ -1243,12 +1261,20 @@ def earlier_metrics(folder, step):
     return told
 
 
+def say(*lines):
+    """Print lines, above the bar; whoever read them may be gone, as in ... | head, without an end of the run."""
+    try:
+        tqdm.write("\n".join(lines))
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def report(step, split, metrics, args, callback=None):
     """Print a line of the metrics; in training also append them to metrics.jsonl and give them to wandb or swanlab."""
     shown = ("loss", "accuracies", "margins", "kl", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_gb")
     line = [f"{name} {value:.4g}" for name, value in metrics.items() if name.removeprefix("rewards/") in shown]
-    with suppress(OSError):  # whoever read it has gone
-        tqdm.write(f"step {step} {split}: {'  '.join(line)}")
+    say(f"step {step} {split}: {'  '.join(line)}")
     if args.train and not mx.distributed.init().rank():
         with open(Path(args.adapter_path, "metrics.jsonl"), "a") as file:
             file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
@@ -1269,7 +1295,7 @@ def catch_signals():
         if number == signal.SIGHUP:  # nothing can be written to the terminal any more
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1), os.dup2(nowhere, 2)
-        os.write(2, b"\nThis step is finished and saved first. Once more: leave at once\n")
+        os.write(2, b"\nThis step is finished first, and saved. Once more: leave at once\n")
 
     for number in watched:
         signal.signal(number, note)
@@ -1289,7 +1315,7 @@ def memory_advice(pairs, args):
 
 @contextmanager
 def explain(pairs, args):
-    """Turn a failure of memory, of files or of another process inside into one line: what to do, what is kept, or lost.
+    """Turn a failure of memory, of files or of another process inside into one line: what to do, and what is kept.
 
     Yields a list; its last function is called then, with whether what was trained can still be saved.
     """
@@ -1299,10 +1325,10 @@ def explain(pairs, args):
     except (OSError, RuntimeError, MemoryError) as error:
         text = " ".join(str(error).split())[:300]
         files = isinstance(error, OSError) or text.startswith(("[write]", "[save_safetensors]"))
-        if isinstance(error, MemoryError) or re.search("memory|alloc", text, re.I):
-            advice = memory_advice(pairs, args)
-        elif files:
+        if files:  # first, for the name of a file can say anything
             advice = "make room on that disk, or choose another --adapter-path"
+        elif isinstance(error, MemoryError) or re.search("memory|alloc", text, re.I):
+            advice = memory_advice(pairs, args)
         elif mx.distributed.init().size() > 1:
             advice = "another process ended: see what it says"
         else:
@@ -1326,11 +1352,11 @@ def bad_update(found, plan):
 
 def train_metrics(found, plan, seconds):
     """Return the mean metrics of some updates, {step: (batches, rates)}, that took so many seconds."""
-    norms, last = [rates["grad_norm"].item() for _, rates in found.values()], max(found)
+    norms = [rates["grad_norm"].item() for _, rates in found.values()]
     pairs = [pair for step in found for batch in plan[step - 1] for pair in batch]
     tokens = sum(2 * len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs)
     metrics = mean_metrics(sum((batches for batches, _ in found.values()), []))
-    metrics |= {"grad_norm": sum(norms) / len(norms), "learning_rate": found[last][1]["learning_rate"].item()}
+    metrics |= {"grad_norm": sum(norms) / len(norms), "learning_rate": found[max(found)][1]["learning_rate"].item()}
     return metrics | {"tokens_per_second": tokens / seconds, "peak_memory_gb": mx.get_peak_memory() / 1e9}
 
 
@@ -1338,24 +1364,28 @@ def begin(folder, model, params, plan, pairs, args):
     """Make the output folder, or go on in it: return run_facts, parameters, the optimizer and earlier_metrics."""
     facts, optimizer, world = run_facts(model, pairs, args), make_optimizer(args, len(plan)), mx.distributed.init()
     optimizer.init(params)
+    own = dict(params)
+    params.clear()  # the caller's: full fine-tuning would keep what it began with in memory
     if arrays := load_checkpoint(folder, facts) if args.resume else {}:
-        params = {name: arrays[f"params.{name}"] for name in params}
+        own = {name: arrays[f"params.{name}"] for name in own}
         optimizer.state.update(tree_map_with_path(lambda name, _: arrays[f"optimizer.{name}"], optimizer.state))
     step = optimizer.state["step"].item()
-    with blame(folder, "resume with as many --epochs or --iters, and the same files for every process"):
+    with blame(folder, "resume with more --epochs or --iters; several processes, with the same files"):
         need(step <= len(plan) and sum_all(step) == step * world.size(), f"it is at step {step} of {len(plan)}")
     with blame(folder, "choose another --adapter-path"):
         told = earlier_metrics(folder, step) if arrays else {}
         if not world.rank():
             start_folder(folder, args, goes_on=bool(arrays))
-    return facts, params, optimizer, told
+            if not arrays:
+                lock(folder)
+    return facts, own, optimizer, told
 
 
 def keep_best(folder, told, step):
     """Copy this step's adapter to folder/best if no step has a lower validation loss, or return which one has."""
     losses = {at: metrics["loss"] for (at, name), metrics in told.items() if name == "valid" and at}
-    best = min(losses, key=losses.get)
-    if losses[step] > losses[best]:
+    best = min(losses, key=lambda at: (math.isnan(losses[at]), losses[at]))
+    if not losses[step] <= losses[best]:
         return f"; its loss was lower at step {best}: {folder / 'best'} holds that adapter"
     (folder / "best").mkdir(exist_ok=True)
     for name in ("adapter_config.json", "adapters.safetensors"):
@@ -1363,22 +1393,18 @@ def keep_best(folder, told, step):
     return ""
 
 
-def what_is_kept(folder, saved, step, updates):
-    """Return a sentence: which step the adapter in the folder is of, what is lost, and how to go on."""
-    file, text = folder / "adapters.safetensors", "nothing is trained yet" if not step else "all that was trained is lost"
-    if saved and file.exists():
-        text = f"{file} holds step {saved} of {updates}" + ", what came after it is lost" * (step > saved)
-    if found := checkpoints(folder):
+def what_is_kept(folder, saved, step, updates, goes_on=True):
+    """Return a sentence: which step the adapter in the folder is of, what is lost, and, if it can, how to go on."""
+    file, text = folder / "adapters.safetensors", "all that was trained is lost" if step else "nothing is trained yet"
+    if file.exists():
+        text = f"{file} holds {f'step {saved}' if saved else 'an earlier save'} of {updates}"
+        text += ", what came after it is lost" * (step > saved)
+    if goes_on and (found := checkpoints(folder)):
         command = shlex.join([*(word for word in sys.argv if word != "--resume"), "--resume"])
-        text += f"; to go on from step {int(found[0].name[:8])}: python {command}"
+        size = mx.distributed.init().size()
+        launch = f"mlx.launch -n {size} -- " if size > 1 else ""
+        text += f"; to go on from step {int(found[0].name[:8])}: {launch}python {command}"
     return text
-
-
-def measure_only(model, params, layout, splits, args, objective, summarize):
-    """Measure the test pairs, and print what came of it: see run."""
-    metrics = evaluate(model, params, None, layout, splits["test"], args, objective, args.test_batches)
-    report(0, "test", metrics, args)
-    print(summarize("test", metrics, metrics))
 
 
 def run(model, params, layout, initial, splits, args, objective, summarize, rescues):
@@ -1389,7 +1415,7 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
     """
     folder, world, plan = Path(args.adapter_path), mx.distributed.init(), plan_updates(splits["train"], args)
     facts, params, optimizer, told = begin(folder, model, params, plan, splits["train"], args)
-    step = saved = optimizer.state["step"].item()
+    step, saved = optimizer.state["step"].item(), 0
     first, callback, bad, stop, summary = world.rank() == 0, None, None, False, {}
 
     def save():
@@ -1399,13 +1425,14 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
         saved = step
 
     def measure(name):
-        if name in splits and (step, name) not in told:
+        if name not in splits:
+            return
+        if (step, name) not in told:
             size = args.val_batches if name == "valid" else args.test_batches
             told[step, name] = evaluate(model, params, initial, layout, splits[name], args, objective, size)
             report(step, name, told[step, name], args, callback)
-        if name in splits:
-            summary[name] = summarize(name, told.get((0, name), told[step, name]), told[step, name])
-        if name == "valid" and name in splits and step and first:
+        summary[name] = summarize(name, told.get((0, name), told[step, name]), told[step, name])
+        if name == "valid" and step and first:
             summary[name] += keep_best(folder, told, step)
 
     def rescue(can_save):
@@ -1415,7 +1442,7 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
                 if first:
                     start_folder(folder, args, goes_on=True)  # it may have been deleted
                 save()
-        return what_is_kept(folder, saved, step, len(plan))
+        return what_is_kept(folder, saved, step, len(plan), not bad)  # a bad update would come again
 
     rescues.append(rescue)
     if first:
@@ -1424,7 +1451,7 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
         sys.exit("self-check: this model has other gradients with lighter layers: leave out --grad-checkpoint")
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))
     padding = f"{padding_share(itertools.chain(*plan), args.share):.0%} of the tokens are padding"
-    print(f"pairs: {counts}; {len(plan)} updates{f', {step} of them done' if step else ''}; {padding}")
+    say(f"pairs: {counts}; {len(plan)} updates{f', {step} of them done' if step else ''}; {padding}")
     caught = catch_signals()
     if step:
         save()  # the folder may hold a later one, or none
@@ -1454,12 +1481,12 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
         found, start = {}, time.perf_counter()
     if bad or step < len(plan):
         step = bad[0] - 1 if bad else step
-        why = f"step {bad[0]} was not made: {bad[1]}" if bad else f"interrupted ({caught[0] if caught else 'elsewhere'})"
+        why = f"step {bad[0]} was not made: {bad[1]}" if bad else f"interrupted ({(caught or ['elsewhere'])[0]})"
         kept = rescue(True)
         sum_all(0)  # the others wait: the launcher ends all when one ends
         sys.exit(f"{folder}: {why}; {kept}")
     measure("test")
-    print(*summary.values(), sep="\n")
+    say(*summary.values())
 
 
 def dpo_summary(name, before, metrics):
@@ -1470,6 +1497,7 @@ def dpo_summary(name, before, metrics):
 
 
 def main():
+    objective, summarize = dpo_metrics, dpo_summary
     args, tokenizer, splits, next_line = prepare(parse_args)
     pairs, reference = sum(splits.values(), []), args.reference_model or (not args.train and args.model)
     with explain(pairs, args) as rescues:
@@ -1482,12 +1510,14 @@ def main():
             params, layout = trainable_parameters(model, args)
         if not reference:
             self_check(install(model, unpack(params, layout)), splits["train"][: args.batch_size], args)
-        initial = None if reference or args.fine_tune_type == "full" else params
+        initial = None if reference or args.fine_tune_type == "full" else dict(params)
         if initial is None:
             print("kl is left out: it is there for LoRA and DoRA in training, with the model itself as the reference")
         if not args.train:
-            return measure_only(model, params, layout, splits, args, dpo_metrics, dpo_summary)
-        run(model, params, layout, initial, splits, args, dpo_metrics, dpo_summary, rescues)
+            metrics = evaluate(model, params, None, layout, splits["test"], args, objective, args.test_batches)
+            report(0, "test", metrics, args)
+            return print(summarize("test", metrics, metrics))
+        run(model, params, layout, initial, splits, args, objective, summarize, rescues)
     print(next_line)
 
 

@@ -254,24 +254,23 @@ def encode_pairs(tokenizer, pairs, limit):
     for pair in tqdm(pairs, desc="tokenizing", **BAR):
         first = int(pair["prompt"][0]["role"] in ("system", "developer"))
         later = [i for i, message in enumerate(pair["prompt"]) if message["role"] == "user" and i > first]
-        ids, moves, answers = None, 0, ([pair["chosen"]], [pair["rejected"]])
+        answers = ([pair["chosen"]], [pair["rejected"]])
 
         def encode(start):
-            """Try the conversation without what stands before start; return whether it fits."""
-            nonlocal ids, moves
+            """Return token ids without what stands before start, how many moved, and whether they fit."""
             messages = pair["prompt"][:first] + pair["prompt"][start:]
             size, *sides = (sum(len(m.get("content") or "") for m in part) for part in (messages, *answers))
             if (letters := size + max(sides)) > room:
-                return False
+                return None, 0, False
             with time_limit(2 + letters / 1e5):
                 *ids, moves = encode_pair(tokenizer, messages, pair["chosen"], pair["rejected"], pair["tools"])
-            return len(ids[0]) + max(map(len, ids[1:])) <= limit
+            return ids, moves, len(ids[0]) + max(map(len, ids[1:])) <= limit
 
         with blame(pair["place"], "the model's chat template refuses this conversation"):
-            start, fits = first, encode(first)
+            start, (ids, moves, fits) = first, encode(first)
             if not fits and later:
-                start = later[min(bisect_left(later, True, key=encode), len(later) - 1)]
-                fits = encode(start)
+                start = later[min(bisect_left(later, True, key=lambda start: encode(start)[2]), len(later) - 1)]
+                ids, moves, fits = encode(start)
         shortened, long, moved = shortened + (fits and start > first), long + (not fits), max(moved, moves)
         if fits and ids[1] != ids[2]:
             names = ("prompt", "chosen", "rejected")
@@ -642,7 +641,10 @@ def add_reference(model, pairs, args):
     nothing = (math.nan, math.nan) if not world.rank() else (0, 0)
     for pair, key, row in zip(pairs, keys, sum_all([known.get(key, nothing) for key in keys])):
         pair["key"], pair["ref_logps"] = key, row
-    is_missing, unique = lambda pair: math.isnan(pair["ref_logps"].sum()), {pair["key"]: pair for pair in pairs}
+    is_missing = lambda pair: math.isnan(pair["ref_logps"].sum())
+    if not any(map(is_missing, pairs)):
+        return
+    unique = {pair["key"]: pair for pair in pairs}
     batches = sorted_batches([*unique.values()], args.batch_size, args.share)  # the same ones after a kill
     partly = [pair for batch in batches if not all(map(is_missing, batch)) for pair in filter(is_missing, batch)]
     batches = [b for b in batches if all(map(is_missing, b))] + sorted_batches(partly, args.batch_size, args.share)
@@ -1014,7 +1016,8 @@ def write_atomically(path, write):
         write(unfinished)
         sync(unfinished)
         unfinished.replace(path)
-        sync(path.parent)
+        with suppress(OSError):  # some disks in a network know no flush of a folder
+            sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)  # where it failed, as on a full disk, that needs the room
 
@@ -1162,6 +1165,8 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except BrokenPipeError:  # the report went into head or less, which has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         sys.exit(f"{Path(__file__).name}: {error}: choose another --out, or make room")
     except (MemoryError, RuntimeError) as error:  # MLX raises the latter where memory ends

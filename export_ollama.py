@@ -26,7 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -344,7 +344,8 @@ def write_atomically(path, write):
         write(unfinished)
         sync(unfinished)
         unfinished.replace(path)
-        sync(path.parent)
+        with suppress(OSError):  # some disks in a network know no flush of a folder
+            sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)  # where it failed, as on a full disk, that needs the room
 

@@ -232,7 +232,7 @@ def test_interrupted_training_keeps_its_adapter(tiny, data, tmp_path):
     told, line = stderr.strip().splitlines()
     holds, command = line.split(f"; to go on from step {step}: python ")
     assert holds == f"{out}: interrupted (SIGINT); {out}/adapters.safetensors holds step {step} of 100000"
-    assert told == "This step is finished and saved first. Once more: leave at once"
+    assert told == "This step is finished first, and saved. Once more: leave at once"
     base, policy = measure(tiny, None, data), measure(tiny, out, data)
     assert np.isfinite(policy).all() and abs(policy - base).max() > 0
     assert not list(out.glob("unfinished*"))

@@ -279,7 +279,7 @@ def test_more_updates_are_allowed_and_equal_those_of_one_run(place):
 def test_fewer_updates_than_are_done(place, uncut):
     out = copy_of(uncut("lora"), place, "fewer")
     done = launch(place, "lora", out, "--resume", "--iters", 5)
-    why = "it is at step 12 of 5: resume with as many --epochs or --iters, and the same files for every process"
+    why = "it is at step 12 of 5: resume with more --epochs or --iters; several processes, with the same files"
     assert (done.returncode, done.stderr) == (1, f"{out}: {why}\n")
 
 
@@ -553,7 +553,7 @@ def test_a_signal_ends_after_the_step_and_the_printed_command_goes_on(place, num
     process.send_signal(number)
     done = ended(process)
     note, line = done.stderr.strip().splitlines()
-    assert note == "This step is finished and saved first. Once more: leave at once" and done.returncode == 1
+    assert note == "This step is finished first, and saved. Once more: leave at once" and done.returncode == 1
     name = signal.Signals(number).name
     held = rf"{out}: interrupted \({name}\); {out}/adapters.safetensors holds step (\d+) of 5000; to go on from step \1: "
     step = int(re.match(held, line)[1])
@@ -615,9 +615,41 @@ def test_a_reader_that_goes_away_does_not_end_the_run(place, uncut):
     """As in dpo_trainer.py ... | head -2."""
     process = started(place, place / "piped", iters=12)
     process.stdout.close()
-    assert process.wait(100) == 0 or "Broken pipe" in process.stderr.read()
+    assert process.stderr.read() == "" and process.wait(100) == 0
     assert (place / "piped" / "adapters.safetensors").exists() and records(place / "piped")[-1]["step"] == 12
     process.stderr.close()
+
+
+def test_two_runs_do_not_write_into_one_folder(place):
+    """The second moved the first one's folder aside, and the first then wrote into the second's."""
+    out = place / "shared"
+    process = started(place, out)
+    line = one_line(launch(place, "lora", out), out)
+    assert line == f"{out}: another run is writing there: choose another --adapter-path"
+    assert one_line(launch(place, "lora", out, "--resume"), out) == line and not Path(f"{out}-1").exists()
+    process.kill()
+    process.communicate()
+    assert launch(place, "lora", out).returncode == 0 and Path(f"{out}-1").exists()
+
+
+def test_a_bad_update_is_not_offered_to_be_made_again(place):
+    """--resume would come to the same update."""
+    shutil.copytree(place / "data", place / "heavy")
+    rows = make_rows(18)
+    write_rows(place / "heavy" / "train.jsonl", [*rows[:3], rows[3] | {"weight": 9e8}, *rows[4:]])
+    done = launch(place, "lora", "heavy-out", "--data", "heavy", "--save-every", 1, "--iters", 18)
+    line = one_line(done, "heavy-out")
+    step = int(re.match(r"heavy-out: step (\d+) was not made: the gradient norm is \S+, above 1e\+06, at ", line)[1])
+    assert "heavy/train.jsonl:4" in line and "resume" not in line
+    assert line.endswith("nothing is trained yet" if step == 1 else f"adapters.safetensors holds step {step - 1} of 18")
+
+
+def test_a_metrics_file_with_other_lines_in_it(place, uncut):
+    out = copy_of(uncut("lora"), place, "strange", keep=1)
+    text = (out / "metrics.jsonl").read_text()
+    (out / "metrics.jsonl").write_text('5\n{}\n{"step": "x"}\n' + text + '{"step": 11, "spl')
+    assert launch(place, "lora", out, "--resume").returncode == 0
+    assert records(out) == records(uncut("lora").out)
 
 
 # ---------------------------------------------------------------------------------------------------------------- soak

@@ -41,7 +41,7 @@ SHARED = {  # the scripts that a name is in, and nowhere else
         trainable_parameters pack unpack lighten padding_share mean_metrics evaluate plan_updates make_optimizer MAX_NORM
         train prepare load_model gradients_differ check_folder start_folder save_weights file_hash
         checkpoints save_checkpoint load_checkpoint run_facts earlier_metrics report catch_signals memory_advice explain
-        bad_update train_metrics begin keep_best what_is_kept measure_only run
+        bad_update train_metrics begin keep_best what_is_kept lock say run
     """.split(),
 }
 
