@@ -860,8 +860,12 @@ def own_part(batch):
 
 
 def sum_all(values):
-    """Return the sum of these numbers over all processes, as a numpy array."""
-    return np.array(mx.distributed.all_sum(mx.array(np.float32(values))))
+    """Return the sum of these numbers over all processes, as a numpy array; raise RuntimeError if one is missing."""
+    values = np.float32(values)
+    *sums, count = np.array(mx.distributed.all_sum(mx.array(np.append(values, np.float32(1)))))
+    if count != mx.distributed.init().size():  # a sum can go on without a process that was killed
+        raise RuntimeError("a process is missing")
+    return np.float32(sums).reshape(values.shape)
 
 
 def is_exact(model):
@@ -886,12 +890,13 @@ def settle_sharing(model, pairs):
 
 
 def fingerprint(model, most=None):
-    """Return a hash of the model's configuration and of its weights: of every bit, or of at most so many of each."""
+    """Return a hash of the model's configuration and of its weights: of every bit, or of about so many of each."""
     scales = [(name, getattr(module, "scale", None)) for name, module in model.named_modules()]  # LoRA's is no weight
     digest = hashlib.sha256(f"{getattr(model, 'args', None)} {sorted(scales, key=str)}".encode())
     for name, w in sorted(tree_flatten(model.parameters())):
         digest.update(f"{name} {w.shape} {w.dtype} ".encode())
-        digest.update(memoryview(w.reshape(-1)[:most].view(mx.uint8)))
+        part = w.reshape(-1)[:: max(1, w.size // most) if most else 1]
+        digest.update(memoryview(part.view(mx.uint8)))
     return digest.hexdigest()[:32]
 
 
@@ -1139,7 +1144,8 @@ def check_folder(folder, args):
     with blame(folder, "choose another --adapter-path"):
         if folder.is_dir():
             lock(folder)
-        read = [Path(str(name)).resolve() for name in (args.model, args.data, args.test, __file__)]
+        read = (args.model, args.data, args.test, args.config, args.resume_adapter_file, __file__)
+        read = [Path(str(name)).resolve() for name in (*read, getattr(args, "reference_model", None))]
         need(not any(folder.resolve() in (path, *path.parents) for path in read), "it holds what this run reads")
         folder.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder.parent).close()
@@ -1148,8 +1154,10 @@ def check_folder(folder, args):
 def start_folder(folder, args, goes_on=False):
     """Make the output folder, with the options and this script in it; an earlier run there becomes folder-1, -2 ..."""
     if not goes_on and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
-        print(f"The earlier run in {folder} is now in {folder.rename(older)}")
+        place = folder.resolve() if folder.is_symlink() else folder  # not the link
+        older = next(path for n in range(1, 10**6) if not (path := Path(f"{place}-{n}")).exists())
+        print(f"The earlier run in {folder} is now in {place.rename(older)}")
+        place.mkdir()
     folder.mkdir(parents=True, exist_ok=True)
     config = dict(vars(args))
     if lora := args.lora_parameters:  # mlx-lm goes by scale; others know PEFT's alpha
@@ -1195,7 +1203,8 @@ def file_hash(path):
 
 def checkpoints(folder):
     """Return a run's checkpoints, checkpoint/STEP-HASH.safetensors, the newest first."""
-    return sorted(folder.glob("checkpoint/[0-9]*-*.safetensors"), reverse=True)
+    found = (path for path in folder.glob("checkpoint/*") if re.fullmatch(r"\d{8}-[\da-f]{32}\.safetensors", path.name))
+    return sorted(filter(Path.is_file, found), reverse=True)
 
 
 def save_checkpoint(folder, step, state, facts, keep):
@@ -1234,38 +1243,47 @@ def load_checkpoint(folder, facts):
     return {}
 
 
-def run_facts(model, pairs, args):
+def run_facts(model, splits, args):
     """Return what a run must have in common with the one that it resumes, {name: JSON value}."""
-    free = "model data config adapter_path adapter resume_adapter_file resume train epochs iters test test_batches"
-    free += " val_batches steps_per_report steps_per_eval save_every keep report_to project_name grad_checkpoint share"
-    free += " lora_parameters"  # rank, scale, dropout and keys once more
+    free = "model data config adapter_path adapter resume_adapter_file reference_model resume train epochs iters test"
+    free += " test_batches steps_per_report steps_per_eval save_every keep report_to project_name grad_checkpoint share"
+    free += " max_seq_length prompt_feature chosen_feature rejected_feature reference_cache lora_parameters"
     facts = {name: value for name, value in vars(args).items() if name not in free.split()}
-    digest = hashlib.sha256()
-    for pair in pairs:
-        digest.update(json.dumps([pair[name] for name in ("prompt", "chosen", "rejected", "weight")]).encode())
-    facts |= {"the weights at first": fingerprint(model, 1024)[:8], "the pairs": digest.hexdigest()[:8]}
+    facts["the weights at first"] = fingerprint(model, 1024)[:8]
+    for name in ("train", "valid"):
+        digest = hashlib.sha256()
+        for pair in splits.get(name, []):
+            digest.update(json.dumps([pair[part] for part in ("prompt", "chosen", "rejected", "weight")]).encode())
+        facts[f"the {name} pairs"] = digest.hexdigest()[:8]
+    if refs := [sum(pair["ref_logps"]) for pair in splits["train"] if "ref_logps" in pair]:
+        facts["the reference's log-probability"] = f"{np.mean(refs):.3g}"  # rough: a GPU's last digits may differ
     return json.loads(json.dumps(facts))
 
 
 def earlier_metrics(folder, step):
-    """Return {(step, split): metrics} of metrics.jsonl up to a step, and cut off what was written later."""
+    """Return {(step, split): metrics} of metrics.jsonl up to a step, and cut off what was written later.
+
+    So is what was told of the test at the end, which may be on other pairs now.
+    """
     told, lines, file = {}, [], folder / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with suppress(ValueError, KeyError, TypeError):  # a kill may have cut a line
+    for line in file.read_bytes().splitlines() if file.exists() else []:
+        with suppress(Exception):  # a kill may have cut a line
             record = json.loads(line)
-            if record["step"] <= step:
-                told[record.pop("step"), record.pop("split")] = record
-                lines.append(f"{line}\n")
+            at, split, _ = record.pop("step"), record.pop("split"), record["loss"]
+            if at <= step and (split != "test" or at == 0):
+                told[at, split] = record
+                lines.append(line + b"\n")
     if not mx.distributed.init().rank():
-        write_atomically(file, lambda name: name.write_text("".join(lines)))
+        write_atomically(file, lambda name: name.write_bytes(b"".join(lines)))
     return told
 
 
 def say(*lines):
     """Print lines, above the bar; whoever read them may be gone, as in ... | head, without an end of the run."""
     try:
-        tqdm.write("\n".join(lines))
-        sys.stdout.flush()
+        for line in lines:
+            tqdm.write(line)
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -1319,7 +1337,7 @@ def explain(pairs, args):
 
     Yields a list; its last function is called then, with whether what was trained can still be saved.
     """
-    rescues = [lambda _: "nothing is trained yet"]
+    rescues = [lambda _: "what was trained is as it was" if args.resume else "nothing is trained yet"]
     try:
         yield rescues
     except (OSError, RuntimeError, MemoryError) as error:
@@ -1333,7 +1351,8 @@ def explain(pairs, args):
             advice = "another process ended: see what it says"
         else:
             raise
-        sys.exit(f"{args.adapter_path}: {text or 'out of memory'}: {advice}; {rescues[-1](files)}")
+        kept = "the first process says what is kept" if mx.distributed.init().rank() else rescues[-1](files)
+        sys.exit(f"{args.adapter_path}: {text or 'out of memory'}: {advice}; {kept}")
 
 
 def bad_update(found, plan):
@@ -1360,9 +1379,9 @@ def train_metrics(found, plan, seconds):
     return metrics | {"tokens_per_second": tokens / seconds, "peak_memory_gb": mx.get_peak_memory() / 1e9}
 
 
-def begin(folder, model, params, plan, pairs, args):
+def begin(folder, model, params, plan, splits, args):
     """Make the output folder, or go on in it: return run_facts, parameters, the optimizer and earlier_metrics."""
-    facts, optimizer, world = run_facts(model, pairs, args), make_optimizer(args, len(plan)), mx.distributed.init()
+    facts, optimizer, world = run_facts(model, splits, args), make_optimizer(args, len(plan)), mx.distributed.init()
     optimizer.init(params)
     own = dict(params)
     params.clear()  # the caller's: full fine-tuning would keep what it began with in memory
@@ -1386,7 +1405,8 @@ def keep_best(folder, told, step):
     losses = {at: metrics["loss"] for (at, name), metrics in told.items() if name == "valid" and at}
     best = min(losses, key=lambda at: (math.isnan(losses[at]), losses[at]))
     if not losses[step] <= losses[best]:
-        return f"; its loss was lower at step {best}: {folder / 'best'} holds that adapter"
+        there = (folder / "best" / "adapters.safetensors").exists()
+        return f"; its loss was lower at step {best}" + f": {folder / 'best'} holds that adapter" * there
     (folder / "best").mkdir(exist_ok=True)
     for name in ("adapter_config.json", "adapters.safetensors"):
         write_atomically(folder / "best" / name, partial(shutil.copy, folder / name))
@@ -1414,7 +1434,7 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
     split. rescues: see explain.
     """
     folder, world, plan = Path(args.adapter_path), mx.distributed.init(), plan_updates(splits["train"], args)
-    facts, params, optimizer, told = begin(folder, model, params, plan, splits["train"], args)
+    facts, params, optimizer, told = begin(folder, model, params, plan, splits, args)
     step, saved = optimizer.state["step"].item(), 0
     first, callback, bad, stop, summary = world.rank() == 0, None, None, False, {}
 
@@ -1431,7 +1451,8 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
             size = args.val_batches if name == "valid" else args.test_batches
             told[step, name] = evaluate(model, params, initial, layout, splits[name], args, objective, size)
             report(step, name, told[step, name], args, callback)
-        summary[name] = summarize(name, told.get((0, name), told[step, name]), told[step, name])
+        now, before = told[step, name], told.get((0, name), {})
+        summary[name] = summarize(name, before if before.get("pairs") == now["pairs"] else now, now)
         if name == "valid" and step and first:
             summary[name] += keep_best(folder, told, step)
 

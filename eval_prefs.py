@@ -582,8 +582,12 @@ def own_part(batch):
 
 
 def sum_all(values):
-    """Return the sum of these numbers over all processes, as a numpy array."""
-    return np.array(mx.distributed.all_sum(mx.array(np.float32(values))))
+    """Return the sum of these numbers over all processes, as a numpy array; raise RuntimeError if one is missing."""
+    values = np.float32(values)
+    *sums, count = np.array(mx.distributed.all_sum(mx.array(np.append(values, np.float32(1)))))
+    if count != mx.distributed.init().size():  # a sum can go on without a process that was killed
+        raise RuntimeError("a process is missing")
+    return np.float32(sums).reshape(values.shape)
 
 
 def is_exact(model):
@@ -608,12 +612,13 @@ def settle_sharing(model, pairs):
 
 
 def fingerprint(model, most=None):
-    """Return a hash of the model's configuration and of its weights: of every bit, or of at most so many of each."""
+    """Return a hash of the model's configuration and of its weights: of every bit, or of about so many of each."""
     scales = [(name, getattr(module, "scale", None)) for name, module in model.named_modules()]  # LoRA's is no weight
     digest = hashlib.sha256(f"{getattr(model, 'args', None)} {sorted(scales, key=str)}".encode())
     for name, w in sorted(tree_flatten(model.parameters())):
         digest.update(f"{name} {w.shape} {w.dtype} ".encode())
-        digest.update(memoryview(w.reshape(-1)[:most].view(mx.uint8)))
+        part = w.reshape(-1)[:: max(1, w.size // most) if most else 1]
+        digest.update(memoryview(part.view(mx.uint8)))
     return digest.hexdigest()[:32]
 
 

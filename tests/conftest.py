@@ -100,6 +100,11 @@ def run_script(*words, script="dpo_trainer.py", cwd=None, env=None):
     return subprocess.run(command, cwd=cwd or ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
+def few(cases, count):
+    """Return a test's cases, of which but the first ones are slow."""
+    return [pytest.param(case, marks=[pytest.mark.slow] * (i >= count)) for i, case in enumerate(cases)]
+
+
 def restore_swiglu():
     """Give mlx-lm's model files their own swiglu back: lighten puts another one there, for the whole process."""
     for name, module in list(sys.modules.items()):
@@ -137,7 +142,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: about two minutes")
+    config.addinivalue_line("markers", "slow: what pytest --slow runs")
     cache = tempfile.TemporaryDirectory()  # the reference's scores of all tests, none of them in the user's own folder
     os.environ["XDG_CACHE_HOME"] = cache.name
     config.add_cleanup(cache.cleanup)

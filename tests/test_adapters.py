@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def runs(tiny, data, tmp_path_factory):
     other = save_model(out.parent / "other", seed=1)
     first = train(tiny, data, out)
     before = contents(out)
-    second = train(tiny, data, out, "--resume-adapter-file", out / "adapters.safetensors")
+    shutil.copytree(out, out.parent / "first")
+    second = train(tiny, data, out, "--resume-adapter-file", out.parent / "first" / "adapters.safetensors")
     third = train(tiny, data, out, "--reference-model", other)
     return out, before, [first, second, third]
 

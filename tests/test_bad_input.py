@@ -104,6 +104,7 @@ def test_a_bad_line_of_each_split_is_named(made, monkeypatch, name):
 
 RUN = "--model tiny --data pairs.jsonl"
 RESUME = "--data pairs.jsonl --resume-adapter-file"
+AWAY = "--adapter-path elsewhere"
 TEST = "--model tiny --test pairs.jsonl --adapter-path"
 NAME, SHAPE = "give a folder or a Hugging Face name", "shape.*cannot be loaded for wide: see --model and --adapter-path"
 NO_ADAPTER = "there is no such adapter: name a folder's adapters.safetensors that was trained with these options"
@@ -139,7 +140,8 @@ CASES = {  # words: where, what to do
     "no config": (f"--model tiny {RESUME} noconfig/adapters.safetensors", "noconfig/adapters.*adapter_config.*name a"),
     "an unreadable config": (f"--model tiny {RESUME} unread/adapters.safetensors", "unread/adapters.*: name a folder"),
     "a torn adapter": (f"--model tiny {RESUME} torn/adapters.safetensors", "torn: .*incomplete.*see --model and --ad"),
-    "another model's, resumed": (f"--model wide {RESUME} adapters/adapters.safetensors", f"adapters: .*{SHAPE}"),
+    "another model's, resumed": (f"--model wide {RESUME} adapters/adapters.safetensors {AWAY}", f"adapters: .*{SHAPE}"),
+    "an adapter that would be moved": (f"--model tiny {RESUME} adapters/adapters.safetensors", ".*what this run reads"),
     "another model's, measured": ("--model wide --test pairs.jsonl", f"adapters: .*{SHAPE}"),
     "keys that no layer has": (f"{RUN} --keys self_attn.nonsense", ".*--keys.*nonsense.*choose"),
     "more layers than there are": (f"{RUN} --num-layers 9", ".*--num-layers 9: there are 2: choose what tiny"),

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, make_rows, save_model, write_rows
+from conftest import ROOT, few, make_rows, save_model, write_rows
 
 import dpo_trainer
 
@@ -73,11 +73,6 @@ SETTINGS = {  # script, options
     "full": ("dpo_trainer", "--fine-tune-type full --num-layers 1 --optimizer adafactor"),
     "checkpointed": ("simpo_trainer", "--grad-accumulation-steps 2 --dropout 0.1 --grad-checkpoint --optimizer muon"),
 }
-
-
-def few(cases, count):
-    """Return a test's cases, of which but the first ones are slow."""
-    return [pytest.param(case, marks=[pytest.mark.slow] * (i >= count)) for i, case in enumerate(cases)]
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +260,7 @@ def test_nothing_to_resume_is_said_and_the_run_begins(place, uncut):
     assert contents(place / "nothing-yet") == contents(uncut("lora").out)
 
 
+@pytest.mark.slow
 def test_more_updates_are_allowed_and_equal_those_of_one_run(place):
     """With a constant rate they do not depend on how many there are."""
     words = ["--lr-schedule", "constant", "--warmup", 0]
@@ -293,6 +289,8 @@ def others(place):
     for name, changed in {"reordered": rows[::-1], "reworded": [*rows[:-1], rows[-1] | {"chosen": "No."}]}.items():
         shutil.copytree(place / "data", place / name)
         write_rows(place / name / "train.jsonl", changed)
+    shutil.copytree(place / "data", place / "other-valid")
+    write_rows(place / "other-valid" / "valid.jsonl", rows[:6])
     shutil.copytree(place / "data", place / "weighted")
     write_rows(place / "weighted" / "train.jsonl", [*rows[:-1], rows[-1] | {"weight": 0.5}])
 
@@ -300,14 +298,16 @@ def others(place):
 REFUSED = {  # options: what the line must tell
     "--rank 8": r"rank \(was 4, is 8\)",
     "--seed 3": r"seed \(was 0, is 3\)",
-    "--data reordered": r"the pairs \(was \w{8}, is \w{8}\)",
-    "--data reworded": r"the pairs \(was \w{8}, is \w{8}\)",
-    "--data weighted": r"the pairs \(was \w{8}, is \w{8}\)",
+    "--data reordered": r"the train pairs \(was \w{8}, is \w{8}\)",
+    "--data reworded": r"the train pairs \(was \w{8}, is \w{8}\)",
+    "--data weighted": r"the train pairs \(was \w{8}, is \w{8}\)",
     "--model other-model": r"the weights at first \(was \w{8}, is \w{8}\)",
     "--batch-size 1 --beta 0.3": r"batch_size \(was 2, is 1\), beta \(was 0.1, is 0.3\)",
     "--learning-rate 1e-4 --optimizer sgd": r"learning_rate \(was 0.002, is 0.0001\), optimizer \(was adamw, is sgd\)",
     "--lr-schedule linear": r"lr_schedule \(was cosine, is linear\)",
-    "--max-seq-length 900": r"max_seq_length \(was 1024, is 900\)",
+    "--val-batches 1": r"val_batches \(was -1, is 1\)",
+    "--data other-valid": r"the valid pairs \(was \w{8}, is \w{8}\)",
+    "--reference-model other-model": r"the reference's log-probability \(was -\d+, is -\d+\)",
     "--grad-accumulation-steps 1": r"grad_accumulation_steps \(was 2, is 1\)",
     "--num-layers 1": r"num_layers \(was -1, is 1\)",
     "--loss hinge": r"loss \(was sigmoid, is hinge\)",
@@ -329,7 +329,7 @@ def test_what_does_not_change_the_adapter_may_change(place, uncut, others):
     """Also where the files lie, --grad-checkpoint and how often it is saved and measured."""
     out = copy_of(uncut("lora"), place, "freely", keep=1)
     words = "--model moved-model --data moved-data --save-every 1 --steps-per-report 5 --steps-per-eval 7 --keep 1"
-    done = launch(place, "lora", out, "--resume", *words.split(), "--test", "data/valid.jsonl", "--val-batches", 1)
+    done = launch(place, "lora", out, "--resume", *words.split(), "--test", "data/valid.jsonl", "--max-seq-length", 900)
     assert done.returncode == 0, done.stderr
     assert (out / "adapters.safetensors").read_bytes() == (uncut("lora").out / "adapters.safetensors").read_bytes()
 

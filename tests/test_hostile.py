@@ -20,7 +20,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from conftest import CHATML, ROOT, make_rows, save_tokenizer, write_rows
+from conftest import CHATML, ROOT, few, make_rows, save_tokenizer, write_rows
 from mlx_lm.utils import load_tokenizer
 from test_build_pairs import run, save
 from test_sources import MORE, SOURCES, TOPICS, Chat, Store, gpt, make
@@ -242,7 +242,7 @@ BIG = {  # name: how the text of 10 MB is made
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", few(BIG, 3))
 def test_texts_of_10_mb(load, tmp_path, name, capsys):
     tokenizer, path = load(), tmp_path / "pairs.jsonl"
     for column in ("prompt", "chosen", "rejected"):
@@ -385,7 +385,7 @@ def written_export(path, values, line, at, lines):
         return values
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", few(range(4), 1))
 def test_mutated_exports(exports, tmp_path, seed):
     """Five hundred a seed, of every source: one record of up to eight is a mutant."""
     rng, made = random.Random(seed), 0
@@ -417,7 +417,7 @@ UNITS = ["word ", "x", "\n", "<think>", "<details type=", "\ue200", "【", "【�
 UNITS += ["```", "\\", "I'm sorry. ", "-----BEGIN PRIVATE KEY-----", "/home/", "\n\nHuman:", "\u200b", "AB12 "]
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", few(UNITS, 4))
 def test_long_messages(tmp_path, unit):
     """A few marks that were never closed took minutes; a text of 10 MB is in no pair, and is counted."""
     chat = Chat("long")
