@@ -1129,21 +1129,23 @@ def self_check(model, pairs, args):
         sys.exit("self-check: untrained, the policy does not score answers as the reference: --no-reference-cache")
 
 
-def lock(folder):
-    """Keep a folder for this process until it ends; raise ValueError if another run has it."""
-    try:
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        need(False, "another run is writing there")
-    except OSError:  # a disk that knows no locks
-        pass
+def lock(folder, keep=False):
+    """Raise ValueError if another run has this folder; keep: have it until this process ends."""
+    with suppress(OSError):  # no folder yet, or a disk that knows no locks
+        handle, free = os.open(folder, os.O_RDONLY), True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        if not keep:
+            os.close(handle)
+        need(free, "another run is writing there")
 
 
 def check_folder(folder, args):
     """Exit if the output folder cannot be written, or holds what the run reads, which would be moved aside with it."""
     with blame(folder, "choose another --adapter-path"):
-        if folder.is_dir():
-            lock(folder)
+        lock(folder)
         read = (args.model, args.data, args.test, args.config, args.resume_adapter_file, __file__)
         read = [Path(str(name)).resolve() for name in (*read, getattr(args, "reference_model", None))]
         need(not any(folder.resolve() in (path, *path.parents) for path in read), "it holds what this run reads")
@@ -1394,9 +1396,9 @@ def begin(folder, model, params, plan, splits, args):
     with blame(folder, "choose another --adapter-path"):
         told = earlier_metrics(folder, step) if arrays else {}
         if not world.rank():
+            lock(folder)
             start_folder(folder, args, goes_on=bool(arrays))
-            if not arrays:
-                lock(folder)
+            lock(folder, keep=True)
     return facts, own, optimizer, told
 
 

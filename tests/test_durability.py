@@ -242,6 +242,31 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_taken(place, uncut,
     assert contents(out) == contents(uncut("lora").out) and records(out) == records(uncut("lora").out)
 
 
+def test_files_of_others_among_the_checkpoints(place, uncut):
+    """They were deleted, called damaged, or ended the run."""
+    out = copy_of(uncut("lora"), place, "visited", keep=1)
+    folder, name = out / "checkpoint", "9" * 8 + "-" + "a" * 32 + ".safetensors"
+    for other in ("7-mine.safetensors", "00000003-backup copy.safetensors", "99999999-x.safetensors", "notes.txt"):
+        (folder / other).write_text("mine")
+    (folder / name).mkdir()
+    done = launch(place, "lora", out, "--resume")
+    assert done.returncode == 0 and "damaged" not in done.stdout, done.stderr
+    assert contents(out) == contents(uncut("lora").out)
+    assert {path.name for path in folder.iterdir() if path not in dpo_trainer.checkpoints(out)} == {
+        "7-mine.safetensors", "00000003-backup copy.safetensors", "99999999-x.safetensors", "notes.txt", name,
+    }  # fmt: skip
+
+
+def test_a_folder_that_is_a_link(place):
+    """The earlier run moved aside as a link, and a new folder stood in the link's place, on the wrong disk."""
+    (place / "far").mkdir()
+    (place / "link").symlink_to(place / "far")
+    for _ in range(2):
+        assert launch(place, "lora", "link").returncode == 0
+    assert (place / "link").is_symlink() and (place / "link" / "adapters.safetensors").exists()
+    assert (place / "far-1" / "adapters.safetensors").exists() and not (place / "link-1").exists()
+
+
 def test_no_checkpoint_is_whole(place, uncut):
     out = copy_of(uncut("lora"), place, "hopeless")
     for path in dpo_trainer.checkpoints(out):
@@ -351,6 +376,26 @@ def test_the_best_adapter_is_kept(place):
     files = [place / name / "adapters.safetensors" for name in ("worse/best", "until-best")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert json.loads((place / "worse" / "best" / "adapter_config.json").read_text())["fine_tune_type"] == "lora"
+    shutil.rmtree(place / "worse" / "best")
+    done = launch(place, "lora", "worse", *words, "--resume")
+    assert f"its loss was lower at step {best}" in done.stdout and "holds that" not in done.stdout
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(tmp_path):
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        (tmp_path / name).write_text("new")
+    told = {(step, "valid"): {"loss": loss} for step, loss in ((0, 0.7), (2, 1.0), (4, float("nan")))}
+    assert "lower at step 2" in dpo_trainer.keep_best(tmp_path, told, 4) and not (tmp_path / "best").exists()
+    assert dpo_trainer.keep_best(tmp_path, told, 2) == "" and (tmp_path / "best" / "adapters.safetensors").exists()
+
+
+def test_another_test_file_is_measured_when_a_run_that_has_ended_is_resumed(place, uncut):
+    """Its sentence had the numbers of the file before."""
+    out = copy_of(uncut("lora"), place, "two-tests")
+    for name, count in (("valid", 6), ("train", 18)):
+        done = launch(place, "lora", out, "--resume", "--test", f"data/{name}.jsonl")
+        assert f"test: {count} held-out pairs" in done.stdout, done.stderr
+    assert [row["pairs"] for row in records(out) if row["split"] == "test"] == [18]
 
 
 # -------------------------------------------------------------------------------------------------------------- faults
@@ -647,7 +692,8 @@ def test_a_bad_update_is_not_offered_to_be_made_again(place):
 def test_a_metrics_file_with_other_lines_in_it(place, uncut):
     out = copy_of(uncut("lora"), place, "strange", keep=1)
     text = (out / "metrics.jsonl").read_text()
-    (out / "metrics.jsonl").write_text('5\n{}\n{"step": "x"}\n' + text + '{"step": 11, "spl')
+    lines = b'5\n{}\n[1]\n"x"\n{"step": "x"}\n{"step": 5, "split": "valid"}\n\xff\xfe\n\0\0\n'
+    (out / "metrics.jsonl").write_bytes(lines + text.encode() + b'{"step": 11, "spl')
     assert launch(place, "lora", out, "--resume").returncode == 0
     assert records(out) == records(uncut("lora").out)
 
@@ -689,3 +735,25 @@ def test_two_thousand_updates_take_no_more_memory_and_time_at_the_end(tmp_path):
     print(f"memory {memory[200]} -> {memory[2000]}, seconds a step {early:.4f} -> {late:.4f}")
     assert memory[2000] <= 1.05 * memory[200], f"memory grew: {memory[200]} at step 200, {memory[2000]} at the end"
     assert late <= 1.1 * early, f"a step took {early:.4f} s at first, {late:.4f} s at the end"
+
+
+def test_a_sum_without_a_process_is_refused(monkeypatch):
+    """A ring went on when one was killed, and the sum of the others was taken for that of all."""
+    world = SimpleNamespace(size=lambda: 2)
+    monkeypatch.setattr(dpo_trainer.mx.distributed, "init", lambda: world)
+    monkeypatch.setattr(dpo_trainer.mx.distributed, "all_sum", lambda values: 2 * values)
+    assert dpo_trainer.sum_all([[1.5, 2], [3, 4]]).tolist() == [[3, 4], [6, 8]] and dpo_trainer.sum_all(3).shape == ()
+    monkeypatch.setattr(dpo_trainer.mx.distributed, "all_sum", lambda values: values)
+    with pytest.raises(RuntimeError, match="a process is missing"):
+        dpo_trainer.sum_all([1.0])
+
+
+def test_full_fine_tuning_does_not_keep_what_it_began_with(place):
+    """The caller's name for the first parameters kept them in memory: as much as all weights in 32 bits."""
+    code = "import atexit\nbegin, counts = script.begin, []\n"
+    code += "def watched(folder, model, params, *given):\n    counts.append(len(params))\n"
+    code += "    result = begin(folder, model, params, *given)\n    counts.append(len(params))\n    return result\n"
+    code += "script.begin = watched\natexit.register(lambda: print('counts', *counts))\n"
+    done = run_code(place, code, "--fine-tune-type", "full", "--adapter-path", "full-memory")
+    counts = list(map(int, re.search(r"counts (\d+) (\d+)", done.stdout).groups()))
+    assert counts[0] > 10 and counts[1] == 0, done.stderr

@@ -147,7 +147,7 @@ def run(words, folder):
     spies = {
         (dpo_trainer, "save_weights"): lambda path, *weights: saves.append(str(path)) or save(path, *weights),
         (dpo_trainer, "lighten"): light,
-        (dpo_trainer, "lock"): lambda folder: None,  # it is this process', which runs many
+        (dpo_trainer, "lock"): lambda folder, keep=False: None,  # it is this process', which runs many
         (dpo_trainer, "report"): lambda *given: reports.append(given),
         (mlx_lm.tuner.callbacks, "wandb"): types.SimpleNamespace(init=lambda **given: told.append(given["project"])),
         (sys, "argv"): ["dpo_trainer.py", *RUN, *words],
