@@ -1326,7 +1326,7 @@ def memory_advice(pairs, args):
     """Return the size of the largest batch, and which options make it smaller."""
     sizes = [(len(b), *padded_widths(b, args.share)) for b in sorted_batches(pairs, args.batch_size, args.share)]
     count, prompt, row = max(sizes, key=lambda size: size[0] * (size[1] + 2 * size[2]))
-    ways = [] if args.grad_checkpoint else ["add --grad-checkpoint"]
+    ways = ["add --grad-checkpoint"] if args.train and not args.grad_checkpoint else []
     if args.batch_size > 1:
         ways += [f"--batch-size {args.batch_size // 2} --grad-accumulation-steps {2 * args.grad_accumulation_steps}"]
     ways += [f"--max-seq-length below {prompt + row}", "a lower --num-layers", "a quantized --model, as one of 4 bits"]
