@@ -165,6 +165,7 @@ def parse_args(words):
         need(args.train is not False or args.test is not None, "neither training nor a test is asked for")
         if args.train is None:  # --test with pairs of its own does not ask for --data's: these are to train on
             args.train = args.test is None or bool(args.test and args.data)
+        need(args.train or not args.resume, "--resume goes on with a training")
         need(args.model, "name a model with --model")
         need(args.data or (args.test and not args.train), "name the pairs with --data")
         single = args.data and not Path(args.data).is_dir() and (Path(args.data).is_file() or ":" in args.data)

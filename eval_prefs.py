@@ -1149,7 +1149,8 @@ def main():
                 kl, count = sampled_kl(model, tokenizer, own, initial, pairs, args), min(args.samples, len(pairs))
                 extra += [f"KL({name} || base) on its own answers to {count} prompts: {kl:.4f} nats a token."]
         with suppress(OSError, ValueError):
-            records = map(json.loads, Path(path, "metrics.jsonl").read_text().splitlines())
+            lines = Path(path, "metrics.jsonl").read_text().splitlines()
+            records = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one
             curves[name] = [record for record in records if isinstance(record, dict) and "step" in record]
     write_pairs(file, pairs, scores, keys)
     found = {name: summarize_model(part, base, lengths, args.seed) for name, part in scores.items()}

@@ -142,6 +142,7 @@ CASES = {  # words: where, what to do
     "a torn adapter": (f"--model tiny {RESUME} torn/adapters.safetensors", "torn: .*incomplete.*see --model and --ad"),
     "another model's, resumed": (f"--model wide {RESUME} adapters/adapters.safetensors {AWAY}", f"adapters: .*{SHAPE}"),
     "an adapter that would be moved": (f"--model tiny {RESUME} adapters/adapters.safetensors", ".*what this run reads"),
+    "nothing to resume": ("--model tiny --test pairs.jsonl --resume", ".*goes on with a training: --help"),
     "another model's, measured": ("--model wide --test pairs.jsonl", f"adapters: .*{SHAPE}"),
     "keys that no layer has": (f"{RUN} --keys self_attn.nonsense", ".*--keys.*nonsense.*choose"),
     "more layers than there are": (f"{RUN} --num-layers 9", ".*--num-layers 9: there are 2: choose what tiny"),
