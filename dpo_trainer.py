@@ -1439,7 +1439,7 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
     folder, world, plan = Path(args.adapter_path), mx.distributed.init(), plan_updates(splits["train"], args)
     facts, params, optimizer, told = begin(folder, model, params, plan, splits, args)
     step, saved = optimizer.state["step"].item(), 0
-    first, callback, bad, stop, summary = world.rank() == 0, None, None, False, {}
+    first, bad, stop, summary = world.rank() == 0, None, False, {}
 
     def save():
         nonlocal saved
@@ -1469,8 +1469,7 @@ def run(model, params, layout, initial, splits, args, objective, summarize, resc
         return what_is_kept(folder, saved, step, len(plan), not bad)  # a bad update would come again
 
     rescues.append(rescue)
-    if first:
-        callback = get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
+    callback = first and get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
     if gradients_differ(model, params, layout, splits["train"], args):
         sys.exit("self-check: this model has other gradients with lighter layers: leave out --grad-checkpoint")
     counts = ", ".join(f"{name} {len(splits.get(name, []))}" for name in ("train", "valid", "test"))

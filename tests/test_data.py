@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 DATA = Path(__file__).resolve().parent.parent / "data"

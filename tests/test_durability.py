@@ -24,7 +24,7 @@ from conftest import ROOT, few, make_rows, save_model, write_rows
 
 import dpo_trainer
 
-KILLED = """import builtins, os, random, signal, sys
+KILLED = """import os, random, signal, sys
 root, name, at = sys.argv[1:4]
 del sys.argv[1:4]
 sys.path.insert(0, root)
