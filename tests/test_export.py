@@ -17,6 +17,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import ROOT, run_script, save_model
+from llama_rig import write_base
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -32,31 +33,11 @@ FAMILIES = {
     "qwen2": {}, "qwen3": {}, "qwen2_moe": dict(**EXPERTS, shared_expert_intermediate_size=64),
     "qwen3_moe": dict(**EXPERTS, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True),
     "gemma": {}, "gemma2": GEMMA, "gemma3_text": dict(**GEMMA, rope_theta=1e6), "phi3": {},
-    "granite": dict(
-        logits_scaling=2.0, attention_multiplier=0.3, embedding_multiplier=3.0, residual_multiplier=0.5,
-        attention_bias=False, mlp_bias=False,
-    ),
+    "granite": dict(logits_scaling=2.0, attention_multiplier=0.3, embedding_multiplier=3.0, residual_multiplier=0.5,
+                    attention_bias=False, mlp_bias=False),
     "smollm3": dict(num_hidden_layers=4), "olmo2": dict(tie_word_embeddings=False), "starcoder2": {},
 }  # fmt: skip
-NAMES = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
-NAMES |= {"gemma3_text": "gemma3"}
-PERMUTED = ("llama", "mistral", "mixtral", "granite", "smollm3")
 GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")  # ggml looks gelu up in a table of halves
-# in a GGUF's metadata, after the architecture's name: in config.json
-INTEGERS = {
-    "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim", "rope.dimension_count": "head_dim", "vocab_size": "vocab_size",
-    "expert_feed_forward_length": "moe_intermediate_size", "expert_used_count": "num_experts_per_tok",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    "attention.sliding_window": "sliding_window", "attention.sliding_window_pattern": "sliding_window_pattern",
-}  # fmt: skip
-FLOATS = {
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.layer_norm_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta", "logit_scale": "logits_scaling", "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
-}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- models, adapters, GGUFs
@@ -100,85 +81,17 @@ def save_adapter(folder, model_folder, kind="lora", keys=None, num_layers=-1, ra
     return folder
 
 
-def gguf_name(gguf, arch, module, layers):
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    module = module.replace("switch_mlp", "experts")
-    if "block_sparse_moe.experts" in module:
-        for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
-            module = module.replace(ours, theirs)
-    return gguf.get_tensor_name_map(number, layers).get_name(module)
-
-
-def convert(name, w, config):
-    """Return a weight as llama.cpp wants it; its rotation wants the rows of q and k in another order."""
-    kind = config["model_type"]
-    if kind in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight")):
-        heads = config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
-        return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-    if kind.startswith("gemma") and "norm" in name:
-        return w + 1
-    return w.reshape(-1) if name.endswith("shared_expert_gate.weight") else w
-
-
-def add_metadata(writer, config, folder):
-    arch, kind = writer.arch, config["model_type"]
-    config = {**config, "sliding_window": config.get("sliding_window", 0 if kind == "phi3" else None)}
-    for names, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
-        for key, name in names.items():
-            if config.get(name) is not None:
-                add(f"{arch}.{key}", config[name])
-    if experts := config.get("num_local_experts", config.get("num_experts")):
-        writer.add_expert_count(experts)
-    if kind == "gemma3_text":
-        writer.add_float32(f"{arch}.rope.freq_base_swa", 1e4)
-    core = json.loads((folder / "tokenizer.json").read_text())["model"]
-    known = {i: token for token, i in core["vocab"].items()}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([known.get(i, f"[PAD{i}]") for i in range(config["vocab_size"])])
-    writer.add_token_types([1] * config["vocab_size"])
-    writer.add_token_merges([" ".join(pair) for pair in core["merges"]])
-    writer.add_eos_token_id(4)
-
-
-def write_base(gguf, path, folder, kind="F32", stored=(), more=None):
-    """Write a model folder as a GGUF with its matrices as kind; stored: {name: (bytes, kind)} as they are."""
-    config = json.loads((folder / "config.json").read_text())
-    arch, stored = NAMES.get(config["model_type"], config["model_type"]), dict(stored)
-    writer, kind = gguf.GGUFWriter(path, arch), gguf.GGMLQuantizationType[kind]
-    add_metadata(writer, config, folder)
-    if more:
-        more(writer)
-    for name, w in mx.load(str(folder / "model.safetensors")).items():
-        w = convert(name, np.array(w.astype(mx.float32)), config)
-        module, _, leaf = name.rpartition(".")
-        name = f"{gguf_name(gguf, arch, module, config['num_hidden_layers'])}.{leaf}"
-        data, of = stored.get(name) or (w, kind if w.ndim > 1 and "gate_inp" not in name else 0)
-        of = gguf.GGMLQuantizationType(of)
-        writer.add_tensor(name, data if name in stored else gguf.quantize(data, of), raw_dtype=of)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
-    return path
-
-
-def export(*words):
-    """Run the exporter in this process; return its exit status, stdout and stderr."""
+def exported(*words, status=0):
+    """Run the exporter in this process, check its exit status, and return what it printed."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", ["export_ollama.py", *map(str, words)]):
         with redirect_stdout(out), redirect_stderr(err):
             try:
                 export_ollama.main()
             except SystemExit as end:
-                code = 1
-                err.write(f"{end.code}\n")
-    return code, out.getvalue(), err.getvalue()
-
-
-def exported(*words):
-    code, out, err = export(*words)
-    assert code == 0, err
-    return out
+                code = end.code if isinstance(end.code, int) else bool(err.write(f"{end.code}\n"))
+    assert code == status, err.getvalue()
+    return err.getvalue() if status else out.getvalue()
 
 
 class Setup:
@@ -202,8 +115,8 @@ class Setup:
     def refused(self, *words, says=()):
         """Check that the exporter ends with one line that has all of says, and that the folder is as it was."""
         before = sorted(self.folder.rglob("*"))
-        code, _, err = export(*self.words, *words)
-        assert code == 1 and len(err.strip().splitlines()) == 1, err
+        err = exported(*self.words, *words, status=1)
+        assert len(err.strip().splitlines()) == 1, err
         assert sorted(self.folder.rglob("*")) == before and all(str(part) in err for part in says), err
 
 
@@ -220,9 +133,6 @@ def tensors_of(gguf, path):
     return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
 
 
-# -------------------------------------------------------------------------------------------------------------- logits
-
-
 @pytest.fixture(scope="session")
 def engine(gguf):
     if not importlib.util.find_spec("llama_cpp"):
@@ -237,16 +147,16 @@ def mlx_logits(model, adapter=None, ids=IDS):
 def llama_logits(target, ids=IDS, env=None, **files):
     """Return {name: logits} of files, each a GGUF or (GGUF, LoRA), from llama.cpp in a process of its own."""
     words = [f"{name}={'+'.join(map(str, x if isinstance(x, tuple) else (x,)))}" for name, x in files.items()]
-    command = [sys.executable, ROOT / "tests" / "llama_logits.py", target, json.dumps(ids), *words]
+    command = [sys.executable, ROOT / "tests" / "llama_rig.py", target, json.dumps(ids), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     crash = f"llama.cpp crashed: {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
     assert done.returncode == 0, f"{crash}\n{done.stderr}"
     return dict(np.load(target))
 
 
+EMBEDDED = ["model.embed_tokens", "self_attn.k_proj"]
 ADAPTED = [(family, None, {}) for family in FAMILIES]  # family, adapted modules, configuration
-ADAPTED += [("llama", ["model.embed_tokens", "self_attn.k_proj"], dict(tie_word_embeddings=True))]
-ADAPTED += [("llama", ["model.embed_tokens", "self_attn.k_proj", "lm_head"], {})]
+ADAPTED += [("llama", EMBEDDED, dict(tie_word_embeddings=True)), ("llama", [*EMBEDDED, "lm_head"], {})]
 
 
 @pytest.mark.parametrize("family, keys, extra", ADAPTED)
@@ -281,8 +191,7 @@ def trained(tmp_path_factory):
 def test_a_trained_adapter_on_every_type(kind, gguf, engine, trained, tmp_path):
     """What is merged is as exact as its base and as base and LoRA: rounding has not taken the adapter away again."""
     _, tokenizer = mlx_lm.load(str(TINY_CHAT))
-    turns = [{"role": "user", "content": "When does the bakery open?"}]
-    ids = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+    ids = list(tokenizer.apply_chat_template([{"role": "user", "content": "When is it open?"}]))
     bundled, adapter = TINY_CHAT / "tiny-chat.gguf", trained / "adapters"
     base = bundled if kind == "bundled" else write_base(gguf, tmp_path / "base.gguf", TINY_CHAT, kind)
     lora, merged = tmp_path / "lora.gguf", tmp_path / "out" / "model.gguf"
@@ -333,9 +242,15 @@ def test_the_bundled_model_as_a_newcomer_exports_it(gguf, trained, tmp_path):
 def add_odd_keys(writer):
     writer.add_custom_alignment(256)
     writer.add_array("odd.strings", ["é", "", "日本"])
-    writer.add_array("odd.numbers", [1.5, -2.0])
     writer.add_int8("odd.int8", -3)
     writer.add_float64("odd.float64", 0.1)
+
+
+def add_empty_list(path, name="odd.none".ljust(232, ".")):
+    """Put a key of 256 bytes into a GGUF that llama.cpp's own programs write, and the Python package cannot."""
+    data, number = path.read_bytes(), lambda n, size: n.to_bytes(size, "little")
+    key = number(len(name), 8) + name.encode() + number(9, 4) + number(8, 4) + number(0, 8)
+    path.write_bytes(data[:16] + number(int.from_bytes(data[16:24], "little") + 1, 8) + key + data[24:])
 
 
 def test_the_rest_of_the_base_is_kept(gguf, tmp_path):
@@ -347,9 +262,11 @@ def test_the_rest_of_the_base_is_kept(gguf, tmp_path):
     save_adapter(setup.adapter, setup.model, num_layers=1, keys=["mlp.down_proj"])
     stored = {f"blk.{i}.ffn_down.weight": (rows, kind) for i in range(2)}
     setup.base = write_base(gguf, tmp_path / "base.gguf", setup.model, "Q8_0", stored, add_odd_keys)
+    add_empty_list(setup.base)
     was, now = (gguf.GGUFReader(path) for path in (setup.base, setup.merge()))
     fields = [{f.name: (f.types, f.contents()) for f in x.fields.values() if f.name[:5] != "GGUF."} for x in (was, now)]
-    assert fields[0] == fields[1] and [t.name for t in was.tensors] == [t.name for t in now.tensors]
+    assert fields[1] == {name: field for name, field in fields[0].items() if field[1] != []} != fields[0]
+    assert [t.name for t in was.tensors] == [t.name for t in now.tensors]
     adapted = {"blk.1.ffn_down.weight"}
     assert {t.name for t, u in zip(was.tensors, now.tensors) if t.data.tobytes() != u.data.tobytes()} == adapted
     changed = next(t for t in now.tensors if t.name in adapted)
@@ -361,51 +278,42 @@ def test_the_rest_of_the_base_is_kept(gguf, tmp_path):
     assert changed.tensor_type.name == "Q8_0" and (error <= 0.57 * step).all()  # 0.5, and the step has 16 bits
 
 
-def test_an_empty_list_in_the_base(setup, gguf):
-    """llama.cpp's own programs write such keys; the Python package cannot."""
-    data, number = setup.base.read_bytes(), lambda n, size: n.to_bytes(size, "little")
-    key = number(8, 8) + b"odd.none" + number(9, 4) + number(8, 4) + number(0, 8)  # 32 bytes: the rest stays aligned
-    setup.base.write_bytes(data[:16] + number(int.from_bytes(data[16:24], "little") + 1, 8) + key + data[24:])
-    assert len(gguf.GGUFReader(setup.base).fields) == len(gguf.GGUFReader(setup.merge()).fields) + 1
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("key, row", [("model.embed_tokens", "token_embd.weight"), ("lm_head", "output.weight")])
-@pytest.mark.parametrize("own_head", [True, False])
-def test_one_matrix_or_two(key, row, tied, own_head, gguf, tmp_path):
+@pytest.mark.parametrize("tied, key, moved", [(True, "model.embed_tokens", ["output.weight", "token_embd.weight"]),
+    (False, "model.embed_tokens", ["token_embd.weight"]), (False, "lm_head", ["output.weight"])])  # fmt: skip
+def test_one_matrix_or_two(tied, key, moved, gguf, tmp_path):
     """One in mlx-lm and two in the GGUF: both change alike. Two in mlx-lm and one in the GGUF: refused."""
-    keys = ["self_attn.v_proj", *([] if tied and key == "lm_head" else [key])]  # a tied model has no head to adapt
-    setup, both = Setup(tmp_path, keys=keys, tie_word_embeddings=tied), tmp_path / "both"
-    shutil.copytree(setup.model, both)
-    weights = mx.load(str(both / "model.safetensors"))
+    setup, file = Setup(tmp_path, keys=[key], tie_word_embeddings=tied), tmp_path / "model" / "model.safetensors"
+    weights = mx.load(str(file))
     head = weights.pop("lm_head.weight", weights["model.embed_tokens.weight"] + 1)
-    mx.save_safetensors(str(both / "model.safetensors"), weights | ({"lm_head.weight": head} if own_head else {}))
-    setup.base = write_base(gguf, tmp_path / "base.gguf", both, "F16")
-    if not tied and not own_head:
-        return setup.refused("--gguf", setup.base, "--out", tmp_path / "out", says=["base.gguf", "head"])
+    mx.save_safetensors(str(file), weights | {"lm_head.weight": head})
+    setup.base = write_base(gguf, tmp_path / "two.gguf", setup.model, "F16")
     was, now = (tensors_of(gguf, path) for path in (setup.base, setup.merge()))
-    moved = {name: now[name] - was[name] for name in was if gap(was[name], now[name]) and "attn_v" not in name}
-    assert moved.keys() == ({row} if key in keys else set()) | (
-        {"output.weight"} if tied and own_head and key in keys else set()
-    )
-    assert all(gap(change, moved[row]) <= 0.02 < np.abs(change).max() for change in moved.values())
+    changes = {name: now[name] - was[name] for name in was if gap(was[name], now[name])}
+    assert sorted(changes) == moved and gap(changes[moved[0]], changes[moved[-1]]) <= 0.02 < gap(changes[moved[0]], 0)
+    mx.save_safetensors(str(file), weights)
+    setup.base = write_base(gguf, tmp_path / "one.gguf", setup.model, "F16")
+    if tied:
+        setup.merge("again")
+    else:
+        setup.refused("--gguf", setup.base, "--out", tmp_path / "again", says=["one.gguf", "head"])
 
 
 def test_peft_by_hand(tmp_path):
-    setup = Setup(tmp_path)
-    exported(*setup.words, "--peft", tmp_path / "peft")
-    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    files = setup.adapter / "adapters.safetensors", tmp_path / "peft" / "adapter_model.safetensors"
-    weights, found = (mx.load(str(path)) for path in files)
+    setup, peft = Setup(tmp_path), tmp_path / "peft"
+    exported(*setup.words, "--peft", peft)
+    config = json.loads((peft / "adapter_config.json").read_text())
+    weights = mx.load(str(setup.adapter / "adapters.safetensors"))
+    found = mx.load(str(peft / "adapter_model.safetensors"))
     assert config["lora_alpha"] / config["r"] == 10 and len(found) == len(weights)
     for module in config["target_modules"]:
         a, b = (found[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
         assert gap((b @ a).T, weights[f"{module}.lora_a"] @ weights[f"{module}.lora_b"]) <= 1e-6, module
 
 
-@pytest.mark.parametrize(
-    "family, kind, bits", [("llama", "dora", None), ("mixtral", "lora", 4), ("qwen3_moe", "full", None)]
-)
+FUSED = [("llama", "dora", None), ("mixtral", "lora", 4), ("qwen3_moe", "full", None)]
+
+
+@pytest.mark.parametrize("family, kind, bits", FUSED)
 def test_fused_is_model_with_adapter(family, kind, bits, tmp_path):
     model, out = tiny_model(tmp_path / "model", family, bits=bits), tmp_path / "out"
     adapter = save_adapter(tmp_path / "adapter", model, kind)
@@ -487,9 +395,10 @@ def test_wrong_words(setup, tmp_path):
 def test_the_model_is_looked_for_beside_the_adapter(name, setup, tmp_path):
     """A path is relative to where training ran, or to the adapter; one that is not there is called that."""
     setup.change("adapter/adapter_config.json", model=name)
-    if "gone" not in name:
-        return setup.merge()
-    setup.refused("--gguf", setup.base, "--out", tmp_path / "out", says=[f"no folder {name}", "beside the adapter"])
+    if "gone" in name:
+        setup.refused("--gguf", setup.base, "--out", tmp_path / "out", says=[f"no folder {name}", "beside the adapter"])
+    else:
+        setup.merge()
 
 
 LIMITED = """import resource, signal, sys; n = int(sys.argv.pop(1)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -509,7 +418,7 @@ def test_a_full_disk_a_kill_and_ctrl_c(form, setup, gguf, tmp_path):
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "short" in done.stderr, done.stderr
     with mock.patch("gguf.quantize" if form == "--gguf" else "pathlib.Path.rename", side_effect=KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            export(*setup.words, *words, tmp_path / "short")
+            exported(*setup.words, *words, tmp_path / "short")
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "unfinished-short").mkdir()  # what a kill leaves
     (tmp_path / "unfinished-short" / "short").write_text("half")
@@ -521,15 +430,7 @@ def test_a_full_disk_a_kill_and_ctrl_c(form, setup, gguf, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- ollama
 
-KEPT = '''TEMPLATE """{{ if .Tools }}
-# Tools
-
-FROM here on, call them.
-{{ end }}{{ .Prompt }}"""
-PARAMETER stop <|im_end|>
-LICENSE """# LICENSE AGREEMENT
-FROM the first day on.
-"""'''
+KEPT = 'TEMPLATE """\n# Tools\n\nFROM here on, call them.\n{{ .Prompt }}"""\nPARAMETER stop <|im_end|>\n'
 REMARKS = '# Modelfile generated by "ollama show"\n# FROM harbour:latest\n\n'
 OLLAMA = """#!/bin/sh
 [ "$1" = create ] && printf '%s\\n' "$@" > "$0.created" && exit
@@ -541,11 +442,11 @@ cat "$0.shown" || exit 1
 @pytest.fixture
 def ollama(tmp_path, monkeypatch):
     """A program `ollama` that shows the file .shown beside it, and writes down what it is to create, a word a line."""
-    (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin")
     path = tmp_path / "bin" / "ollama"
+    path.parent.mkdir()
     path.write_text(OLLAMA)
     path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}/usr/bin{os.pathsep}/bin")
     return path
 
 
@@ -557,9 +458,9 @@ def test_paths_with_spaces_and_quotes(name, quote, setup, ollama, tmp_path):
     place.mkdir(parents=True)
     blob, adapter, out = setup.base.rename(place / "sha256-0a"), place / "adapters", place / "my model"
     setup.adapter.rename(adapter)
-    ollama.with_suffix(".shown").write_text(f"{REMARKS}FROM {quote}{blob}{quote}\n{KEPT}\n")
+    ollama.with_suffix(".shown").write_text(f"{REMARKS}FROM {quote}{blob}{quote}\n{KEPT}")
     said = exported("--adapter-path", adapter, "--ollama", "harbour", "--out", out)
-    assert (out / "Modelfile").read_text() == f"FROM ./model.gguf\n{KEPT}\n"
+    assert (out / "Modelfile").read_text() == f"FROM ./model.gguf\n{KEPT}"
     exported("--adapter-path", adapter, "--gguf", blob, "--out", place / "again")
     assert (out / "model.gguf").read_bytes() == (place / "again" / "model.gguf").read_bytes()
     subprocess.run(said.partition("Next: ")[2], shell=True, check=True)
@@ -571,7 +472,7 @@ def test_paths_with_spaces_and_quotes(name, quote, setup, ollama, tmp_path):
 
 @pytest.mark.parametrize("problem", ["not installed", "not pulled", "no file", "adapter"])
 def test_without_ollamas_model(problem, setup, ollama, tmp_path):
-    shown = f"FROM {tmp_path / 'gone' if problem == 'no file' else setup.base}\n{KEPT}\n"
+    shown = f"FROM {tmp_path / 'gone' if problem == 'no file' else setup.base}\n{KEPT}"
     if problem == "not installed":
         ollama.unlink()
     elif problem != "not pulled":
