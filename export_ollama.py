@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["mlx[cpu]>=0.32.4", "mlx-lm>=0.32.2", "numpy", "tqdm", "gguf"]
+# dependencies = ["mlx[cpu]>=0.32.4", "mlx-lm>=0.32.2", "numpy", "tqdm"]
 # ///
 """
 Export an adapter as a model for Ollama, llama.cpp and LM Studio, or as a LoRA for llama.cpp and PEFT.
@@ -50,7 +50,8 @@ PERMUTED = ("llama", "granite", "smollm3")  # llama.cpp has the rows of their q 
 UNTIED = ("mixtral", "phi3", "qwen2_moe")  # mlx-lm gives them a head of their own where config.json does not say
 EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # of block_sparse_moe, as its authors call them
 KEPT = ("F32", "F16", "BF16", "Q8_0")  # types of changed tensors; rounding to fewer bits would undo the adapter
-EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"
 
 
 def need(condition, problem):
@@ -98,7 +99,7 @@ def find_model(args):
             return place / args.model
     with suppress(Exception):  # of many kinds, some with a page of text
         return hf_repo_to_path(args.model)
-    raise ValueError(f"no folder {args.model} with config.json is here, beside the adapter or in Hugging Face's cache")
+    raise ValueError(f"no folder {args.model} is here or beside the adapter, nor one from hf download: --model")
 
 
 def read_factors(args):
@@ -109,7 +110,7 @@ def read_factors(args):
     need(scale and rank, "adapter_config.json has no lora_parameters with scale and rank")
     weights, found = mx.load(str(args.adapter_path / "adapters.safetensors")), {}
     wrong = [name for name, w in weights.items() if not name.endswith(("lora_a", "lora_b")) or not mx.isfinite(w).all()]
-    need(not wrong, f"no part of a LoRA, or no numbers: {', '.join(wrong[:3])}")
+    need(weights and not wrong, f"no part of a LoRA, or no numbers: {', '.join(wrong[:3]) or 'it is empty'}")
     for module in dict.fromkeys(name[: -len(".lora_a")] for name in weights):
         a, b = (np.array(weights[f"{module}.lora_{x}"].astype(mx.float32)) for x in "ab")
         if module.endswith("embed_tokens"):  # (V, r), (r, hidden): its input is a row's number
@@ -167,8 +168,7 @@ def check_base(reader, tensors, arch, tied):
     need(said == arch, f"it is a {said} model, the adapter's is {arch}")
     need(not parts or parts.contents() < 2, "it is one part of several: join them (llama-gguf-split --merge)")
     have = {t.name: (1,) * (len(t.shape) == 1) + tuple(map(int, t.shape[::-1])) for t in reader.tensors}  # out, in
-    if tied and EMBEDDING in tensors and HEAD in have:
-        tensors[HEAD] = tensors[EMBEDDING]
+    tensors |= {HEAD: tensors[EMBEDDING]} if tied and EMBEDDING in tensors and HEAD in have else {}
     need(tied or HEAD in have or not tensors.keys() & {EMBEDDING, HEAD}, "its head is its embedding: another model")
     want = {name: (*b.shape[:-1], a.shape[-1]) for name, (a, b) in tensors.items()}
     wrong = [f"{name} {have.get(name, 'is not there')}, not {of}" for name, of in want.items() if have.get(name) != of]
