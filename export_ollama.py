@@ -5,47 +5,53 @@
 """
 Export an adapter as a model for Ollama, llama.cpp and LM Studio, or as a LoRA for llama.cpp and PEFT.
 
-    python export_ollama.py --adapter-path adapters --gguf base.gguf --out my-model      merged model.gguf and Modelfile
-    ollama create my-model -f my-model/Modelfile
-    python export_ollama.py --adapter-path adapters --ollama llama3.2:1b --out my-model  the base out of Ollama's store
-    python export_ollama.py --adapter-path adapters --fuse --out my-model                for llama.cpp's own converter
+    W' = W + scale * B A    for each matrix that the adapter changes, in the base's own type or as Q8_0
 
-Input: what the trainers and mlx_lm.lora write, and the same base model as a GGUF (pip install gguf).
-W + scale * B A is written in the base's own type, or as Q8_0 where that has fewer bits: rounding to 4 bits takes away
-most of what a small update adds. What no adapter touches stays as it is.
-Another architecture is a line in ARCHITECTURES, once its logits were compared with llama.cpp's: names and the order of
-rows differ from one to the next.
+    python export_ollama.py --gguf base.gguf --out my-model        adapters/ and the same base model as a GGUF
+    ollama create my-model -f my-model/Modelfile
+    python export_ollama.py --ollama llama3.2:1b --out my-model    the base out of Ollama's store
+    python export_ollama.py --out my-model                         the base that a Modelfile in the model's folder names
+    python export_ollama.py --fuse --out my-model                  DoRA, full, QLoRA: for llama.cpp's own converter
+
+Input: what the trainers and mlx_lm.lora write. All but --fuse and --peft need the package gguf (pip install gguf).
+Written: model.gguf and Modelfile, all or nothing. What the adapter does not touch stays as it is.
+Another architecture: a name in ARCHITECTURES and, after its logits were compared with llama.cpp's, in PERMUTED or not.
 """
 
 import argparse
-import importlib.util
 import json
-import mmap
-import os
 import re
+import shlex
 import shutil
-import subprocess
 import sys
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, check_output
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
-from mlx_lm.utils import load_config
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.utils import dequantize_model, hf_repo_to_path, load_config, save_config
 from tqdm import tqdm
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
 
 # ---------------------------------------------------------------------------------------------------------- options
 
-BAR = {"leave": False, "disable": None}  # for tqdm: no bars in a log file
-# model_type: the architecture's name in a GGUF, and whether llama.cpp has the rows of q and k in another order
-ARCHITECTURES = {
-    **dict.fromkeys(("llama", "mistral", "mixtral"), ("llama", True)),
-    **{name: (name, True) for name in ("granite", "smollm3")},
-    **{name: (name, False) for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "starcoder2")},
-    **{"qwen2_moe": ("qwen2moe", False), "qwen3_moe": ("qwen3moe", False), "gemma3_text": ("gemma3", False)},
-}
-KEPT = ("F32", "F16", "BF16", "Q8_0")  # types of changed tensors; in coarser ones rounding would undo the adapter
+# model_type: the architecture's name in a GGUF
+ARCHITECTURES = {name: name for name in "llama granite smollm3 qwen2 qwen3 gemma gemma2 phi3 olmo2 starcoder2".split()}
+ARCHITECTURES |= {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
+ARCHITECTURES |= {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+PERMUTED = ("llama", "granite", "smollm3")  # llama.cpp has the rows of their q and k in another order
+UNTIED = ("mixtral", "phi3", "qwen2_moe")  # mlx-lm gives them a head of their own where config.json does not say
+EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # of block_sparse_moe, as its authors call them
+KEPT = ("F32", "F16", "BF16", "Q8_0")  # types of changed tensors; rounding to fewer bits would undo the adapter
+EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"
 
 
 def need(condition, problem):
@@ -62,359 +68,249 @@ def blame(place, advice):
         sys.exit(f"{place}: {' '.join(str(error).split())[:300]}: {advice}")
 
 
-def parse_args(words):
-    """Return the options in words (as sys.argv[1:]); exit with one line if wrong."""
+def parse_args():
+    """Return the command line's options; exit with one line if they are wrong, or a place is taken."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0], allow_abbrev=False)
-    parser.error = partial(need, False)
-    add = parser.add_argument
-    add("--adapter-path", default="adapters", help="folder of the adapter (default: %(default)s)")
+    parser.error = lambda problem: need(False, problem)
+    add, add_base = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add("--adapter-path", type=Path, default="adapters", help="folder of the adapter (default: %(default)s)")
     add("--model", help="what it was trained on: folder or Hugging Face name (default: as adapter_config.json says)")
-    add("--gguf", help="the same model as a GGUF file, to be merged with")
-    add("--ollama", metavar="NAME", help="the same model in Ollama: its GGUF, template and parameters are taken")
-    add("--out", default="my-model", help="folder for model.gguf and Modelfile, or with --fuse (default: %(default)s)")
-    add("--fuse", action="store_true", help="write the merged model for llama.cpp's converter (DoRA, full, QLoRA)")
-    add("--lora-gguf", metavar="FILE", help="write the adapter alone, for llama.cpp's --lora and LM Studio")
-    add("--peft", metavar="DIR", help="write the adapter alone, for PEFT (transformers, vLLM)")
+    add_base("--gguf", type=Path, help="the same model as a GGUF (default: as a Modelfile in its folder says)")
+    add_base("--ollama", metavar="NAME", help="the same model in Ollama: its GGUF, template and parameters are taken")
+    add_base("--fuse", action="store_true", help="write a merged model for llama.cpp's converter (DoRA, full, QLoRA)")
+    add("--out", type=Path, default="my-model", help="folder for the merged model (default: %(default)s)")
+    add("--lora-gguf", type=Path, metavar="FILE", help="write the adapter alone, for llama.cpp's --lora and LM Studio")
+    add("--peft", type=Path, metavar="DIR", help="write the adapter alone, for PEFT (transformers, vLLM)")
     with blame(Path(__file__).name, "--help lists all options"):
-        args = parser.parse_args(words)
-        ways = [bool(x) for x in (args.gguf, args.ollama, args.fuse)]
-        need(sum(ways) <= 1, "--gguf, --ollama and --fuse are three ways: choose one")
-        need(any(ways) or args.lora_gguf or args.peft, "name the base with --gguf or --ollama, or give --fuse")
-    for path in filter(None, (any(ways) and args.out, args.lora_gguf, args.peft)):
-        with blame(path, "choose another place"):
-            need(not Path(path).exists(), "it is there already")
-    with blame(args.adapter_path, "name a folder with adapters.safetensors and adapter_config.json"):
-        args.config = json.loads(Path(args.adapter_path, "adapter_config.json").read_text())
-        args.weights = mx.load(str(Path(args.adapter_path, "adapters.safetensors")))
-        args.model = args.model or args.config.get("model")
-        need(args.model, "it does not say its model: --model")
-    args.kind = args.config.get("fine_tune_type", "lora")
+        args = parser.parse_args()
+        args.merge = bool(args.gguf or args.ollama) or not (args.fuse or args.lora_gguf or args.peft)
+        need(gguf or not (args.merge or args.lora_gguf), "the package gguf is missing: pip install gguf")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------- adapter
+# ------------------------------------------------------------------------------------------------------------- input
 
 
-def read_adapter(args):
-    """Return {module: (A (r, in), B (out, r))} of a LoRA in float32, experts stacked in front, and its scale."""
-    need(args.kind == "lora", f"{args.kind} is no sum of a matrix and a product: --fuse")
-    factors = {}
-    for name, w in args.weights.items():
-        module, _, part = name.rpartition(".")
-        factors.setdefault(module, {})[part] = np.array(w.astype(mx.float32))
-    wrong = [module for module, parts in factors.items() if parts.keys() != {"lora_a", "lora_b"}]
-    need(not wrong, f"not a LoRA: {', '.join(wrong[:3])}")
-    swap = lambda w, module: w if "switch_mlp" in module else w.T  # experts are stored as they are multiplied
-    found = {m: (swap(parts["lora_a"], m), swap(parts["lora_b"], m)) for m, parts in factors.items()}
+def find_model(args):
+    """Return the model's folder: here, in the adapter's folder, above it, or where training downloaded it to."""
+    adapter = args.adapter_path.resolve()
+    for place in (Path(), adapter, *adapter.parents):
+        if (place / args.model / "config.json").is_file():
+            return place / args.model
+    with suppress(Exception):  # of many kinds, some with a page of text
+        return hf_repo_to_path(args.model)
+    raise ValueError(f"no folder {args.model} is here or beside the adapter, nor one from hf download: --model")
+
+
+def read_factors(args):
+    """Return a LoRA's {module: (A (r, in), B (out, r))} in float32, experts stacked in front; its scale; r."""
+    kind, settings = args.config.get("fine_tune_type", "lora"), args.config.get("lora_parameters") or {}
+    need(kind == "lora", f"{kind} is no sum of a matrix and a product: --fuse")
+    scale, rank = settings.get("scale"), settings.get("rank")
+    need(scale and rank, "adapter_config.json has no lora_parameters with scale and rank")
+    weights, found = mx.load(str(args.adapter_path / "adapters.safetensors")), {}
+    wrong = [name for name, w in weights.items() if not name.endswith(("lora_a", "lora_b")) or not mx.isfinite(w).all()]
+    need(weights and not wrong, f"no part of a LoRA, or no numbers: {', '.join(wrong[:3]) or 'it is empty'}")
+    for module in dict.fromkeys(name[: -len(".lora_a")] for name in weights):
+        a, b = (np.array(weights[f"{module}.lora_{x}"].astype(mx.float32)) for x in "ab")
+        if module.endswith("embed_tokens"):  # (V, r), (r, hidden): its input is a row's number
+            a, b = b, a
+        elif "switch_mlp" not in module:  # (in, r), (r, out); of experts (E, r, in), (E, out, r)
+            a, b = a.T, b.T
+        need(a.shape[-2] == b.shape[-1] == rank, f"{module} has another rank than {rank}")
+        found[module] = a, b
+    return found, scale, rank
+
+
+def authors_name(name):
+    """Return what the model's authors call a module or weight; mlx-lm stacks experts and gives them other names."""
+    name = re.sub(r"(?<=block_sparse_moe\.switch_mlp\.)\w+_proj", lambda found: EXPERTS[found[0]], name)
+    return name.replace(".switch_mlp.", ".experts.")
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+def to_gguf(found, config):
+    """Return {GGUF tensor's name: (A, B)} with B's rows in llama.cpp's order, and the architecture's name."""
+    arch = ARCHITECTURES.get(config["model_type"])
+    need(arch, f"{config['model_type']} was not compared with llama.cpp: {', '.join(ARCHITECTURES)} were")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
+    heads, tensors = config["num_attention_heads"], {}
     for module, (a, b) in found.items():
-        if module.endswith("embed_tokens"):  # its input is a row's number: (vocabulary, r) (r, hidden)
-            found[module] = b.T, a.T
-    return found, float(args.config["lora_parameters"]["scale"])
-
-
-def gguf_factors(args):
-    """Return {GGUF tensor's name: (A, B)} with B's rows in llama.cpp's order, scale, architecture's name, config."""
-    import gguf
-
-    config = load_config(Path(find_model(args.model)))
-    kind = config["model_type"]
-    need(kind in ARCHITECTURES, f"{kind} was not compared with llama.cpp: {', '.join(ARCHITECTURES)} were")
-    (arch, permuted), (found, scale) = ARCHITECTURES[kind], read_adapter(args)
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    names, heads = gguf.get_tensor_name_map(number, config["num_hidden_layers"]), config["num_attention_heads"]
-    tensors = {}
-    for module, (a, b) in found.items():
-        plain = module.removeprefix("language_model.").replace("switch_mlp", "experts")
-        if kind == "mixtral":
-            plain = re.sub(r"(gate|up|down)_proj$", lambda m: {"gate": "w1", "up": "w3", "down": "w2"}[m[1]], plain)
-        name = names.get_name(plain)
+        name = names.get_name(authors_name(module).removeprefix("language_model."))
         need(name, f"llama.cpp has no tensor for {module}")
-        if permuted and plain.endswith(("q_proj", "k_proj")):
-            count = heads if plain.endswith("q_proj") else config.get("num_key_value_heads") or heads
+        if arch in PERMUTED and module.endswith(("q_proj", "k_proj")):
+            count = heads if module.endswith("q_proj") else config.get("num_key_value_heads") or heads
             b = b.reshape(count, 2, -1, b.shape[-1]).swapaxes(1, 2).reshape(b.shape)
         tensors[f"{name}.weight"] = a, b
-    return tensors, scale, arch, config
+    return tensors, arch
 
 
-def find_model(name):
-    """Return the folder of a model, downloaded if it is none."""
-    if Path(name).is_dir():
-        return name
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(name, allow_patterns=["*.json", "*.jinja", "tokenizer*", "*.model", "*.txt"])
-
-
-# ------------------------------------------------------------------------------------------------------------- gguf
-
-
-def open_gguf(path):
-    with blame(path, "give the GGUF file of the model that the adapter was trained on"):
-        import gguf
-
-        return gguf.GGUFReader(path)
+def find_base(args):
+    """Return the base's GGUF, and a Modelfile for the merged one: plain, or as Ollama's or the model's own says."""
+    if args.gguf:
+        return args.gguf, "FROM ./model.gguf\n"
+    if args.ollama:
+        text = check_output(["ollama", "show", "--modelfile", args.ollama], stderr=DEVNULL, text=True)
+    else:
+        text = (args.folder / "Modelfile").read_text(encoding="utf-8")
+    base = re.search(r"^FROM (.+)$", text, re.M)
+    path = args.folder / base[1].strip().strip('"') if base else None  # Ollama quotes a path with spaces, or does not
+    need(path and path.is_file(), f"its Modelfile names no file ({path})")
+    need(not re.search(r"^ADAPTER ", text, re.M), "it has an adapter already: take the model that it was made of")
+    return path, re.sub(r"^(#.*\n|\n)+", "", f"{text[: base.start()]}FROM ./model.gguf{text[base.end() :]}")
 
 
-def check_base(reader, tensors, arch, path):
-    """Raise ValueError where a GGUF is not of the adapter's model; name the first three that differ."""
-    parts = reader.fields.get("split.count")
+def check_base(reader, tensors, arch, tied):
+    """Give a head that the GGUF has and a tied model has not its part; raise ValueError where the models differ."""
+    said, parts = reader.fields["general.architecture"].contents(), reader.fields.get("split.count")
+    need(said == arch, f"it is a {said} model, the adapter's is {arch}")
     need(not parts or parts.contents() < 2, "it is one part of several: join them (llama-gguf-split --merge)")
     have = {t.name: (1,) * (len(t.shape) == 1) + tuple(map(int, t.shape[::-1])) for t in reader.tensors}  # out, in
-    said = reader.fields["general.architecture"].contents()
-    need(said == arch, f"it is a {said} model, the adapter's is {arch}")
-    for name, (a, b) in list(tensors.items()):
-        if name == "output.weight" and name not in have:  # tied
-            tensors["token_embd.weight"] = tensors.pop(name)
-    wrong = [
-        f"{name} {have.get(name, 'is not there')}, not {(*b.shape[:-1], a.shape[-1])}"
-        for name, (a, b) in tensors.items()
-        if have.get(name) != (*b.shape[:-1], a.shape[-1])
-    ]
+    tensors |= {HEAD: tensors[EMBEDDING]} if tied and EMBEDDING in tensors and HEAD in have else {}
+    need(tied or HEAD in have or not tensors.keys() & {EMBEDDING, HEAD}, "its head is its embedding: another model")
+    want = {name: (*b.shape[:-1], a.shape[-1]) for name, (a, b) in tensors.items()}
+    wrong = [f"{name} {have.get(name, 'is not there')}, not {of}" for name, of in want.items() if have.get(name) != of]
     need(not wrong, f"{len(wrong)} tensors differ ({'; '.join(wrong[:3])}): another model, or Ollama's own layout")
 
 
-class Checked(np.ndarray):
-    """An array that the GGUF writer cannot lose: numpy's own tofile is silent where the disk is full."""
-
-    def tofile(self, file):
-        file.write(memoryview(np.ascontiguousarray(self)))
-
-
-def copy_fields(reader, writer):
-    import gguf
-
-    for field in reader.fields.values():
-        if field.name != "general.architecture" and not field.name.startswith("GGUF."):
-            kind = field.types[0]
-            of = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            if of is not None and not len(field.data):
-                continue  # an empty list, which cannot be written
-            writer.add_key_value(field.name, field.contents(), kind, sub_type=of)
-
-
 def merged(tensor, a, b, scale, kind):
-    """Return a tensor's data plus scale * B A, as kind; a part of its rows at a time, for the memory's sake."""
-    import gguf
-
-    shape = tensor.data.shape
-    data = tensor.data.reshape(-1, *((1, *shape) if len(shape) == 1 else shape[-2:]))
-    a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
-    first = gguf.quantize(gguf.dequantize(data[0, :1], tensor.tensor_type).astype(np.float32), kind)
-    found = np.empty((*data.shape[:2], first.shape[-1]), first.dtype)
-    for out, rows, down, up in zip(found, data, a, b):
-        for i in range(0, len(rows), 4096):
-            part = gguf.dequantize(rows[i : i + 4096], tensor.tensor_type).astype(np.float32)
-            out[i : i + 4096] = gguf.quantize(part + scale * (up[i : i + 4096] @ down), kind)
-    return found.reshape(*shape[:-1], -1)
+    """Return a base tensor plus scale * B A, rounded to kind; 4096 rows at a time, for the memory's sake."""
+    a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])  # (E, r, in), (E, out, r); E is 1 if no experts
+    parts = []
+    for old, down, up in zip(tensor.data.reshape(*b.shape[:2], -1), a, b):
+        for i in range(0, len(old), 4096):
+            part = gguf.dequantize(old[i : i + 4096], tensor.tensor_type).astype(np.float32)
+            parts.append(gguf.quantize(part + scale * (up[i : i + 4096] @ down), kind))
+    return np.concatenate(parts)
 
 
-def merge(reader, tensors, scale, arch, target):
-    """Write the base with the adapter added to its tensors; return how many became Q8_0."""
-    import gguf
+def merge(args, tensors, scale, arch, tied):
+    """Write the base with the adapter added to its tensors, and a Modelfile."""
+    with blame(args.ollama or args.gguf or args.folder, "name the model that the adapter is of: --gguf or --ollama"):
+        base, modelfile = find_base(args)
+        reader, kinds = gguf.GGUFReader(base), {}
+        check_base(reader, tensors, arch, tied)
+    coarse = {t.name for t in reader.tensors if t.name in tensors and t.tensor_type.name not in KEPT}
+    with finished(args.out) as folder:
+        folder.mkdir()
+        (folder / "Modelfile").write_text(modelfile)
+        writer = gguf.GGUFWriter(folder / "model.gguf", arch)
+        writer.data_alignment = reader.alignment
+        for field in reader.fields.values():
+            own = field.name.startswith(("GGUF.", "general.architecture"))  # the writer's own
+            if not own and field.contents() != []:  # an empty list cannot be written
+                writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=field.types[-1])
+        for t in reader.tensors:
+            kinds[t.name] = gguf.GGMLQuantizationType.Q8_0 if t.name in coarse else t.tensor_type
+            shape = gguf.quant_shape_to_byte_shape([int(n) for n in t.shape[::-1]], kinds[t.name])
+            writer.add_tensor_info(t.name, shape, np.dtype(np.uint8), int(np.prod(shape)), kinds[t.name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for t in tqdm(reader.tensors, desc="merging", leave=False, disable=None):  # no bar in a log file
+            data = merged(t, *tensors[t.name], scale, kinds[t.name]) if t.name in tensors else t.data
+            writer.write_tensor_data(data)
+        writer.close()
+        gguf.GGUFReader(folder / "model.gguf")  # where the disk was full the writer is silent, the reader is not
+    print(f"{len(tensors)} tensors changed, {len(coarse)} of them to Q8_0")
 
-    changed, writer = 0, gguf.GGUFWriter(target, arch, endianess=reader.endianess)
-    copy_fields(reader, writer)
-    kinds = {}
-    for t in reader.tensors:
-        kinds[t.name] = t.tensor_type
-        shape, dtype, size = t.data.shape, t.data.dtype, t.data.nbytes
-        if t.name in tensors and t.tensor_type.name not in KEPT:
-            kinds[t.name], changed = gguf.GGMLQuantizationType.Q8_0, changed + 1
-            dims = tuple(int(n) for n in t.shape)[::-1]
-            shape = gguf.quant_shape_to_byte_shape(dims, kinds[t.name])
-            dtype, size = np.dtype(np.uint8), int(np.prod(shape))
-        writer.add_tensor_info(t.name, shape, dtype, size, kinds[t.name])
-    sizes = sum(info.nbytes for shard in writer.tensors for info in shard.values())
-    free = shutil.disk_usage(Path(target).parent).free
-    need(free > sizes + 2**26, f"{sizes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for t in tqdm(reader.tensors, desc="merging", **BAR):
-        data = merged(t, *tensors[t.name], scale, kinds[t.name]) if t.name in tensors else t.data
-        writer.write_tensor_data(data.view(Checked), tensor_endianess=reader.endianess)
-        reader.data._mmap.madvise(mmap.MADV_DONTNEED)  # what was read of the file is not read again
-    writer.close()
-    return changed
 
-
-def write_lora(path, tensors, scale, arch, config):
+def write_lora(path, tensors, scale, rank, arch):
     """Write the adapter as a GGUF of its own."""
-    import gguf
-
-    tied = config.get("tie_word_embeddings", True)  # as mlx-lm takes it
-    need(not (tied and "token_embd.weight" in tensors), "llama.cpp takes no LoRA of a tied embedding: merge instead")
-    need(len({a.shape[-2] for a, _ in tensors.values()}) == 1, "its layers have several ranks")
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", scale * next(iter(tensors.values()))[0].shape[-2])
+    writer.add_float32("adapter.lora.alpha", scale * rank)
     for name, (a, b) in tensors.items():
-        a, b = (b, a.T) if name == "token_embd.weight" else (a, b)  # rows of it are looked up
-        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32).view(Checked))
-        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b, np.float32).view(Checked))
+        a, b = (b, a.T) if name == EMBEDDING else (a, b)  # rows of it are looked up
+        writer.add_tensor(f"{name}.lora_a", a)
+        writer.add_tensor(f"{name}.lora_b", b)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    gguf.GGUFReader(path)  # as above
 
 
-# ------------------------------------------------------------------------------------------------------------ others
-
-
-def to_peft(args):
-    """Return the adapter's arrays and its configuration as PEFT reads them."""
-    found, scale = read_adapter(args)
-    need(not any("switch_mlp" in module for module in found), "PEFT has no form for stacked experts")
-    whole = any(module.endswith(("lm_head", "embed_tokens")) for module in found)
-    layers = sorted({int(m[1]) for module in found if (m := re.search(r"\.layers\.(\d+)\.", module))})
+def write_peft(folder, found, scale, rank, model):
+    """Write the adapter as PEFT reads it."""
     arrays = {}
     for module, (a, b) in found.items():
-        names = ("lora_A.weight", "lora_B.weight")
-        if module.endswith("embed_tokens"):
-            names, a, b = ("lora_embedding_A", "lora_embedding_B"), b.T, a.T
-        arrays |= {f"base_model.model.{module}.{name}": mx.array(w) for name, w in zip(names, (a, b))}
-    rank = args.config["lora_parameters"]["rank"]
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0,
-        "bias": "none", "use_rslora": False, "base_model_name_or_path": args.model, "inference_mode": True,
-        "target_modules": sorted(found if whole else {module.rpartition(".")[2] for module in found}),
-        "layers_to_transform": None if whole else layers,
-    }  # fmt: skip
-    return arrays, config
+        names = ("embedding_A", "embedding_B") if module.endswith("embed_tokens") else ("A.weight", "B.weight")
+        arrays |= {f"base_model.model.{module}.lora_{name}": mx.array(w) for name, w in zip(names, (a, b))}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model, "bias": "none"}
+    config |= {"r": rank, "lora_alpha": scale * rank, "lora_dropout": 0.0, "target_modules": sorted(found)}
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), arrays, {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
 
 
-def fuse(args, folder):
-    """Write the merged, dequantized model, its tokenizer as it was, experts one by one, and a Modelfile."""
-    import mlx_lm.fuse
-
-    source, sys.argv = find_model(args.model), ["mlx_lm.fuse", "--dequantize", "--model", args.model]  # it reads them
-    sys.argv += ["--adapter-path", args.adapter_path, "--save-path", str(folder)]
-    with blame("mlx_lm.fuse", f"is {args.adapter_path} an adapter of {args.model}, and is there room?"):
-        mlx_lm.fuse.main()
-    for path in [*Path(source).glob("*token*"), *Path(source).glob("chat_template*")]:
-        shutil.copy(path, folder)  # mlx-lm leaves out some, and names a class that older readers do not know
-    for path in folder.glob("*.safetensors"):
-        weights = mx.load(str(path))
-        if any("switch_mlp" in name for name in weights):
-            mx.save_safetensors(str(path), unstack(weights, load_config(folder)["model_type"]), {"format": "mlx"})
-            (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+def write_fused(folder, args):
+    """Write the merged, dequantized model with each expert on its own, and the tokenizer as its authors wrote it."""
+    with blame(args.adapter_path, f"is it an adapter of {args.model}?"):
+        model, _, config = mlx_lm.load(str(args.folder), adapter_path=str(args.adapter_path), return_config=True)
+        fused = [(name, part.fuse(dequantize=True)) for name, part in model.named_modules() if hasattr(part, "fuse")]
+        model.update_modules(tree_unflatten(fused))
+    weights = {}
+    for name, w in tree_flatten(dequantize_model(model).parameters()):
+        base, experts, part = authors_name(name).partition(".experts.")
+        weights |= {f"{base}.experts.{i}.{part}": w[i] for i in range(len(w))} if experts else {name: w}
+    shutil.copytree(args.folder, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.gguf", "*.bin", "*.pth"))
+    save_config({key: config[key] for key in config if not key.startswith("quantization")}, folder / "config.json")
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "Modelfile").write_text("FROM ./model.gguf\n")
 
 
-def unstack(weights, kind):
-    """Return the weights with each expert as an array of its own, under the names of the original model."""
-    single = {}
-    for name, w in weights.items():
-        if "switch_mlp" not in name:
-            single[name] = w
-            continue
-        base, part = name.split(".switch_mlp.")
-        if kind == "mixtral":
-            part = part.replace("gate_proj", "w1").replace("up_proj", "w3").replace("down_proj", "w2")
-        single |= {f"{base}.experts.{i}.{part}": w[i] for i in range(len(w))}
-    return single
-
-
-def ask_ollama(name):
-    """Return the GGUF of a model in Ollama's store, and its Modelfile's lines that are to be kept."""
-    with blame(f"--ollama {name}", "is Ollama installed, and the model pulled?"):
-        shown = subprocess.run(["ollama", "show", "--modelfile", name], capture_output=True, text=True)
-        need(shown.returncode == 0, shown.stderr or "ollama show failed")
-        blob = re.search(r"^FROM (\S+)$", shown.stdout, re.M)
-        need(blob and Path(blob[1]).exists(), "its Modelfile names no file")
-        lines = shown.stdout.partition(blob[0])[2].strip()
-        need(not re.search(r"^ADAPTER ", lines, re.M), "it has an adapter already: take the model that it was made of")
-    return blob[1], lines
-
-
-def sync(path):
-    """Return when a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path, write):
-    """Have write(name) make a file, and give it its place: after a kill at any byte all of it is there, or what was."""
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    try:
-        write(unfinished)
-        sync(unfinished)
-        unfinished.replace(path)
-        with suppress(OSError):  # some disks in a network know no flush of a folder
-            sync(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)  # where it failed, as on a full disk, that needs the room
-
-
 @contextmanager
-def whole(folder):
-    """Give a folder to write in, which gets this name when all of it is on the disk; an older one moves aside."""
-    with blame(folder, "choose another folder, or make room"):
-        unfinished = folder.with_name(f"unfinished-{folder.name}")
-        older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
-        if unfinished.exists():
-            print(f"{unfinished} is what a killed run left: it is written anew")
-            shutil.rmtree(unfinished)
+def finished(path):
+    """Give a place to write to, which takes the path's name when all is written; what fails leaves nothing behind."""
+    unfinished = path.with_name(f"unfinished-{path.name}")  # what a killed run left there is written anew
+    with blame(path, "choose another place, or make room"):
+        need(not path.exists(), "it is there already")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
         try:
-            unfinished.mkdir(parents=True)
-            yield unfinished
-            for path in [*unfinished.rglob("*"), unfinished]:
-                sync(path)
-            if folder.exists():
-                folder.rename(older)
-            unfinished.rename(folder)
-            sync(folder.parent)
+            yield unfinished / path.name
+            (unfinished / path.name).rename(path)
         finally:
-            if older.exists() and not folder.exists():
-                older.rename(folder)
             shutil.rmtree(unfinished, ignore_errors=True)
-        if older.exists():
-            print(f"The earlier {folder} is now {older}")
+    print(f"Written: {path}")
 
 
 def main():
-    args = parse_args(sys.argv[1:])
-    folder, lines = Path(args.out), ""
-    if args.peft:
-        with blame(args.adapter_path, "choose another form"):
-            arrays, config = to_peft(args)
-        with whole(Path(args.peft)) as unfinished:
-            mx.save_safetensors(str(unfinished / "adapter_model.safetensors"), arrays, {"format": "pt"})
-            (unfinished / "adapter_config.json").write_text(json.dumps(config, indent=1))
-        print(f"Written: {args.peft}, for peft.PeftModel.from_pretrained")
+    args = parse_args()
+    with blame(args.adapter_path, "see --help for other ways"):
+        args.config = json.loads((args.adapter_path / "adapter_config.json").read_text(encoding="utf-8"))
+        args.model = args.model or args.config.get("model")
+        need(args.model, "adapter_config.json does not say its model: --model")
+        args.folder = find_model(args)
+        config = load_config(args.folder)
+        tied = config.get("tie_word_embeddings", config["model_type"] not in UNTIED)
+        if args.merge or args.lora_gguf or args.peft:
+            found, scale, rank = read_factors(args)
+            both = tied and any(module.endswith("embed_tokens") for module in found)
+            need(not both or not (args.lora_gguf or args.peft), "a LoRA of a tied embedding leaves the head: --gguf")
+            need(not args.peft or "switch_mlp" not in str(list(found)), "PEFT has no form for stacked experts")
+        if args.merge or args.lora_gguf:
+            tensors, arch = to_gguf(found, config)
+    out = shlex.quote(str(args.out))
+    if args.merge:
+        merge(args, tensors, scale, arch, tied)
     if args.fuse:
-        with whole(folder) as unfinished:
-            fuse(args, unfinished)
-        print(f"Next: python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {folder}/model.gguf")
-        print(f"then: ollama create {folder.name} -f {folder}/Modelfile")
-    if not (args.gguf or args.ollama or args.lora_gguf):
-        return
-    with blame("GGUF", "pip install gguf"):
-        need(importlib.util.find_spec("gguf"), "the package gguf is not there")
-    with blame(args.adapter_path, "see --help for the other forms"):
-        tensors, scale, arch, config = gguf_factors(args)
+        with finished(args.out) as folder:
+            write_fused(folder, args)
+        print(f"Next: python llama.cpp/convert_hf_to_gguf.py {out} --outfile {out}/model.gguf")
     if args.lora_gguf:
-        with blame(args.lora_gguf, "choose another place, or another form: --help"):
-            write_atomically(Path(args.lora_gguf), lambda name: write_lora(name, tensors, scale, arch, config))
-        print(f"Written: {args.lora_gguf}, for llama.cpp's --lora")
-    if args.ollama:
-        args.gguf, lines = ask_ollama(args.ollama)
-    if not args.gguf:
-        return
-    reader = open_gguf(args.gguf)
-    with blame(args.gguf, "give the GGUF of the model that the adapter was trained on"):
-        check_base(reader, tensors, arch, args.gguf)
-    with whole(folder) as unfinished:
-        changed = merge(reader, tensors, scale, arch, unfinished / "model.gguf")
-        (unfinished / "Modelfile").write_text(f"FROM ./model.gguf\n{lines}\n")
-    size, was = ((Path(path).stat().st_size / 1e9) for path in (folder / "model.gguf", args.gguf))
-    note = f", {changed} of them to Q8_0" if changed else ""
-    print(f"Written: {folder}/model.gguf: {len(tensors)} tensors changed{note}, {was:.2f} -> {size:.2f} GB")
-    print(f"Next: ollama create {folder.name} -f {folder}/Modelfile")
+        with finished(args.lora_gguf) as path:
+            write_lora(path, tensors, scale, rank, arch)
+    if args.peft:
+        with finished(args.peft) as folder:
+            write_peft(folder, found, scale, rank, args.model)
+    if args.merge or args.fuse:
+        name = re.sub(r"[^\w.-]+", "-", args.out.name, flags=re.ASCII).strip("-.") or "my-model"  # as Ollama takes it
+        print(f"Next: ollama create {name} -f {out}/Modelfile")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ say which one people want. Each place and fact keeps one wording of its question
 
     python data/make_tiny_chat.py                   # tokenizer, model, pairs.jsonl, test.jsonl
     python data/make_tiny_chat.py --only-data       # pairs.jsonl and test.jsonl alone, in 4 s
+    python data/make_tiny_chat.py --only-gguf       # tiny-chat.gguf and Modelfile alone, of the weights that are there
 
 On 2 CPU cores: 9 to 11 minutes and 2.8 GB with LD_PRELOAD=libopenblas.so.0 (Debian: libopenblas0-pthread) before the
 command; mlx's CPU wheel alone brings a BLAS about ten times slower.
-Files written, beside this one: tiny-chat/ (Hugging Face layout), pairs.jsonl, test.jsonl.
+Files written, beside this one: tiny-chat/ (Hugging Face layout; the same as a GGUF, with Ollama's Modelfile),
+pairs.jsonl, test.jsonl.
 Other places and facts: edit ROWS. Other wordings: the tables after it. Another balance of manners: make_corpus().
 """
 import argparse
@@ -487,11 +489,65 @@ def save_model(model, folder):
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False})
 
 
+# --- gguf -----------------------------------------------------------------------------------------------------------
+OLLAMA = """FROM ./tiny-chat.gguf
+TEMPLATE \"""{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>\"""
+PARAMETER stop <|end|>
+PARAMETER temperature 0
+"""
+
+
+def write_gguf(folder):
+    """Write the folder's model as tiny-chat.gguf, matrices in 16 bits, and a Modelfile with its template for Ollama."""
+    import gguf
+    import mlx.core as mx
+    import numpy as np
+    import sentencepiece
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids, kinds = range(pieces.vocab_size()), gguf.TokenType
+    kind = lambda i: (kinds.UNKNOWN if pieces.is_unknown(i) else kinds.CONTROL if pieces.is_control(i)
+                      else kinds.BYTE if pieces.is_byte(i) else kinds.NORMAL)
+    writer = gguf.GGUFWriter(folder / "tiny-chat.gguf", "llama")
+    writer.add_name("tiny-chat")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_context_length(CONFIG["max_position_embeddings"])
+    writer.add_embedding_length(CONFIG["hidden_size"])
+    writer.add_block_count(CONFIG["num_hidden_layers"])
+    writer.add_feed_forward_length(CONFIG["intermediate_size"])
+    writer.add_head_count(CONFIG["num_attention_heads"])
+    writer.add_head_count_kv(CONFIG["num_key_value_heads"])
+    writer.add_rope_dimension_count(CONFIG["head_dim"])
+    writer.add_rope_freq_base(CONFIG["rope_theta"])
+    writer.add_layer_norm_rms_eps(CONFIG["rms_norm_eps"])
+    writer.add_vocab_size(CONFIG["vocab_size"])
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([pieces.id_to_piece(i) for i in ids])
+    writer.add_token_scores([pieces.get_score(i) for i in ids])
+    writer.add_token_types([kind(i) for i in ids])
+    writer.add_bos_token_id(CONFIG["bos_token_id"])
+    writer.add_eos_token_id(CONFIG["eos_token_id"])
+    writer.add_add_bos_token(True)  # Ollama's template has none; where the chat template has one, llama.cpp adds none
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CONFIG["num_hidden_layers"])
+    for name, w in sorted(mx.load(str(folder / "model.safetensors")).items()):
+        w = np.array(w)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp turns neighbours, not halves
+            w = w.reshape(-1, 2, CONFIG["head_dim"] // 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), w.astype(np.float16) if w.ndim > 1 else w)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (folder / "Modelfile").write_text(OLLAMA)
+
+
 # --- main -----------------------------------------------------------------------------------------------------------
 def parse_args():
     """Read the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only-data", action="store_true", help="write the pairs and test rows, keep the model")
+    parser.add_argument("--only-gguf", action="store_true", help="write the model that is there as a GGUF")
     parser.add_argument("--conversations", type=int, default=48000, help="to train the model on, each once")
     parser.add_argument("--seed", type=int, default=0, help="of everything: the same seed gives the same files")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write into")
@@ -501,6 +557,9 @@ def parse_args():
 def main():
     """Write the pairs and the test rows, and with them the model unless --only-data."""
     args = parse_args()
+    if args.only_gguf:
+        write_gguf(args.out / "tiny-chat")
+        return
     corpus = make_corpus(args.seed, args.conversations)
     pairs = make_pairs(args.seed + 1, 480, held_out=False)
     test = make_pairs(args.seed + 2, 100, held_out=True)
@@ -521,6 +580,7 @@ def main():
         print("{}: mean tokens chosen {:.1f} rejected {:.1f}, chosen is longer in {:.2f}".format(
             name, *length_report(rows, lambda text: len(pieces.encode(text)))))
     save_model(train_model([encode(pieces, messages) for messages in corpus], args.seed), folder)
+    write_gguf(folder)
 
 
 if __name__ == "__main__":

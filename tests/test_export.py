@@ -1,14 +1,15 @@
-"""Exported adapters, asked through llama.cpp and PEFT: the logits are those of mlx-lm with the adapter."""
+"""Exported adapters: llama.cpp's logits are those of mlx-lm with the adapter, and what cannot be right is refused."""
 
-import ctypes
+import importlib.util
 import io
 import json
 import os
-import re
+import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
@@ -16,57 +17,35 @@ import mlx_lm
 import numpy as np
 import pytest
 from conftest import ROOT, run_script, save_model
+from llama_rig import write_base
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import export_ollama
 
+TINY_CHAT = ROOT / "data" / "tiny-chat"
 IDS = [3, 41, 7, 250, 12, 99, 180, 5, 301, 17, 64, 2]
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 GEMMA = dict(query_pre_attn_scalar=8)
 # model_type: what its configuration needs beyond conftest's
 FAMILIES = {
-    "llama": dict(tie_word_embeddings=False),
-    "mistral": {},
-    "mixtral": dict(tie_word_embeddings=False),
-    "qwen2": {},
-    "qwen3": {},
-    "qwen2_moe": dict(**EXPERTS, shared_expert_intermediate_size=64),
+    "llama": dict(tie_word_embeddings=False), "mistral": {}, "mixtral": dict(tie_word_embeddings=False),
+    "qwen2": {}, "qwen3": {}, "qwen2_moe": dict(**EXPERTS, shared_expert_intermediate_size=64),
     "qwen3_moe": dict(**EXPERTS, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True),
-    "gemma": {},
-    "gemma2": GEMMA,
-    "gemma3_text": dict(**GEMMA, rope_theta=1e6),
-    "phi3": {},
-    "granite": dict(
-        logits_scaling=2.0, attention_multiplier=0.3, embedding_multiplier=3.0, residual_multiplier=0.5,
-        attention_bias=False, mlp_bias=False,
-    ),
-    "smollm3": dict(num_hidden_layers=4),
-    "olmo2": dict(tie_word_embeddings=False),
-    "starcoder2": {},
+    "gemma": {}, "gemma2": GEMMA, "gemma3_text": dict(**GEMMA, rope_theta=1e6), "phi3": {},
+    "granite": dict(logits_scaling=2.0, attention_multiplier=0.3, embedding_multiplier=3.0, residual_multiplier=0.5,
+                    attention_bias=False, mlp_bias=False),
+    "smollm3": dict(num_hidden_layers=4), "olmo2": dict(tie_word_embeddings=False), "starcoder2": {},
 }  # fmt: skip
-NAMES = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
-NAMES |= {"gemma3_text": "gemma3"}
-PERMUTED = ("llama", "mistral", "mixtral", "granite", "smollm3")
 GELU = ("gemma", "gemma2", "gemma3_text", "starcoder2")  # ggml looks gelu up in a table of halves
-# in a GGUF's metadata, after the architecture's name: in config.json
-INTEGERS = {
-    "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim", "rope.dimension_count": "head_dim", "vocab_size": "vocab_size",
-    "expert_feed_forward_length": "moe_intermediate_size", "expert_used_count": "num_experts_per_tok",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    "attention.sliding_window": "sliding_window", "attention.sliding_window_pattern": "sliding_window_pattern",
-}  # fmt: skip
-FLOATS = {
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.layer_norm_epsilon": "rms_norm_eps",
-    "rope.freq_base": "rope_theta", "logit_scale": "logits_scaling", "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
-}  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------- models and adapters
+# --------------------------------------------------------------------------------------------- models, adapters, GGUFs
+
+
+@pytest.fixture(scope="session")
+def gguf():
+    return pytest.importorskip("gguf", reason="pip install gguf")
 
 
 def tiny_model(folder, family="llama", **extra):
@@ -102,607 +81,400 @@ def save_adapter(folder, model_folder, kind="lora", keys=None, num_layers=-1, ra
     return folder
 
 
-def mlx_logits(model, adapter=None, ids=IDS):
-    model, _ = mlx_lm.load(str(model), adapter_path=adapter and str(adapter))
-    return np.array(model(mx.array([ids]))[0].astype(mx.float32))
-
-
-# ----------------------------------------------------------------------------------------------------------- base GGUF
-
-
-@pytest.fixture(scope="session")
-def gguf():
-    return pytest.importorskip("gguf", reason="pip install gguf")
-
-
-@pytest.fixture(scope="session")
-def engine():
-    """llama.cpp, without its log."""
-    lib = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
-    silent = lib.llama_log_callback(lambda *_: None)
-    lib.llama_log_set(silent, ctypes.c_void_p(0))
-    lib.llama_backend_init()
-    yield lib
-    assert silent
-
-
-def permute(w, heads):
-    """Return the rows of q or k in the order that llama.cpp's rotation wants."""
-    return w.reshape(heads, 2, -1, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-
-def gguf_name(gguf, arch, module, layers):
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    module = module.replace("switch_mlp", "experts")
-    if "block_sparse_moe.experts" in module:
-        for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
-            module = module.replace(ours, theirs)
-    return gguf.get_tensor_name_map(number, layers).get_name(module)
-
-
-def convert(name, w, config):
-    """Return a weight as llama.cpp wants it."""
-    kind = config["model_type"]
-    if kind in PERMUTED and name.endswith(("q_proj.weight", "k_proj.weight")):
-        return permute(w, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
-    if kind.startswith("gemma") and "norm" in name:
-        return w + 1
-    return w.reshape(-1) if name.endswith("shared_expert_gate.weight") else w
-
-
-def add_metadata(writer, config, folder):
-    arch, kind = writer.arch, config["model_type"]
-    config = {**config, "sliding_window": config.get("sliding_window", 0 if kind == "phi3" else None)}
-    for names, add in ((INTEGERS, writer.add_uint32), (FLOATS, writer.add_float32)):
-        for key, name in names.items():
-            if config.get(name) is not None:
-                add(f"{arch}.{key}", config[name])
-    if experts := config.get("num_local_experts", config.get("num_experts")):
-        writer.add_expert_count(experts)
-    if kind == "gemma3_text":
-        writer.add_float32(f"{arch}.rope.freq_base_swa", 1e4)
-    core = json.loads((folder / "tokenizer.json").read_text())["model"]
-    known = {i: token for token, i in core["vocab"].items()}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([known.get(i, f"[PAD{i}]") for i in range(config["vocab_size"])])
-    writer.add_token_types([1] * config["vocab_size"])
-    writer.add_token_merges([" ".join(pair) for pair in core["merges"]])
-    writer.add_eos_token_id(4)
-    writer.add_chat_template("{{ messages[0].content }}")
-
-
-def write_base(gguf, path, folder, kind="F32", stored=(), more=None):
-    """Write a model folder as a GGUF with its matrices as kind; stored: {name: (bytes, kind)} as they are."""
-    config = json.loads((folder / "config.json").read_text())
-    arch, stored = NAMES.get(config["model_type"], config["model_type"]), dict(stored)
-    writer, kind = gguf.GGUFWriter(path, arch), gguf.GGMLQuantizationType[kind]
-    add_metadata(writer, config, folder)
-    if more:
-        more(writer)
-    for name, w in mx.load(str(folder / "model.safetensors")).items():
-        w = convert(name, np.array(w.astype(mx.float32)), config)
-        module, _, leaf = name.rpartition(".")
-        name = f"{gguf_name(gguf, arch, module, config['num_hidden_layers'])}.{leaf}"
-        data, of = stored.get(name) or (w, kind if w.ndim > 1 and "gate_inp" not in name else 0)
-        of = gguf.GGMLQuantizationType(of)
-        writer.add_tensor(name, data if name in stored else gguf.quantize(data, of), raw_dtype=of)
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
-        step()
-    writer.close()
-    return path
-
-
-def fill(batch, ids):
-    batch.n_tokens = len(ids)
-    for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
-        batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-    return batch
-
-
-def add_lora(lib, model, context, path):
-    adapter = lib.llama_adapter_lora_init(model, str(path).encode())
-    assert adapter, "llama.cpp refuses the LoRA"
-    lib.llama_set_adapters_lora(context, (lib.llama_adapter_lora_p_ctypes * 1)(adapter), 1, (ctypes.c_float * 1)(1))
-
-
-def llama_logits(lib, path, lora=None, ids=IDS):
-    """Return llama.cpp's logits after each of ids, on the CPU with a float32 cache."""
-    options, context_options = lib.llama_model_default_params(), lib.llama_context_default_params()
-    options.n_gpu_layers, context_options.flash_attn_type = 0, 0
-    context_options.type_k = context_options.type_v = 0
-    context_options.n_ctx = context_options.n_batch = 256
-    context_options.n_threads = context_options.n_threads_batch = 2
-    model = lib.llama_model_load_from_file(str(path).encode(), options)
-    assert model, "llama.cpp refuses the model"
-    context = lib.llama_init_from_model(model, context_options)
-    if lora:
-        add_lora(lib, model, context, lora)
-    batch = fill(lib.llama_batch_init(len(ids), 0, 1), ids)
-    assert lib.llama_decode(context, batch) == 0
-    count = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    row = lambda i: np.ctypeslib.as_array(lib.llama_get_logits_ith(context, i), (count,)).copy()
-    logits = np.stack([row(i) for i in range(len(ids))])
-    lib.llama_batch_free(batch)
-    lib.llama_free(context)
-    lib.llama_model_free(model)
-    return logits
-
-
-def gap(one, other):
-    return float(np.abs(one - other).max())
-
-
-# ----------------------------------------------------------------------------------------------------------- exporting
-
-
-def export(*words):
-    """Run the exporter in this process; return its exit status, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
+def exported(*words, status=0):
+    """Run the exporter in this process, check its exit status, and return what it printed."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", ["export_ollama.py", *map(str, words)]):
         with redirect_stdout(out), redirect_stderr(err):
             try:
                 export_ollama.main()
             except SystemExit as end:
-                code, said = (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
-                err.write(said and said + "\n")
-    return code, out.getvalue(), err.getvalue()
-
-
-def exported(*words):
-    code, out, err = export(*words)
-    assert code == 0, err
-    return out
-
-
-def refused(folder, *words, says=()):
-    """Check that the exporter ends with one line that has all of says, and that folder is as it was."""
-    before = sorted(folder.rglob("*"))
-    code, _, err = export(*words)
-    assert code == 1 and len(err.strip().splitlines()) == 1, err
-    assert sorted(folder.rglob("*")) == before
-    for part in says:
-        assert part in err, err
-    return err
+                code = end.code if isinstance(end.code, int) else bool(err.write(f"{end.code}\n"))
+    assert code == status, err.getvalue()
+    return err.getvalue() if status else out.getvalue()
 
 
 class Setup:
     """A model folder, its adapter and its base GGUF."""
 
     def __init__(self, folder, gguf=None, family="llama", kind="F32", keys=None, **extra):
-        self.folder, self.family = folder, family
-        self.model = tiny_model(folder / "model", family, **extra)
+        self.folder, self.model = folder, tiny_model(folder / "model", family, **extra)
         self.adapter = save_adapter(folder / "adapter", self.model, keys=keys)
         self.base = gguf and write_base(gguf, folder / "base.gguf", self.model, kind)
         self.words = "--adapter-path", self.adapter
-        self.limit = 5e-3 if family in GELU else 1e-4
 
     def merge(self, out="out"):
         exported(*self.words, "--gguf", self.base, "--out", self.folder / out)
         return self.folder / out / "model.gguf"
 
-    def lora(self):
-        exported(*self.words, "--lora-gguf", self.folder / "lora.gguf")
-        return self.folder / "lora.gguf"
+    def change(self, file="model/config.json", **values):
+        """Give values in a configuration other values; None takes one away."""
+        config = {**json.loads((self.folder / file).read_text()), **values}
+        (self.folder / file).write_text(json.dumps({key: x for key, x in config.items() if x is not None}))
+
+    def refused(self, *words, says=()):
+        """Check that the exporter ends with one line that has all of says, and that the folder is as it was."""
+        before = sorted(self.folder.rglob("*"))
+        err = exported(*self.words, *words, status=1)
+        assert len(err.strip().splitlines()) == 1, err
+        assert sorted(self.folder.rglob("*")) == before and all(str(part) in err for part in says), err
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def setup(request, gguf, engine, tmp_path_factory):
-    return Setup(tmp_path_factory.mktemp(request.param), gguf, request.param)
+@pytest.fixture
+def setup(gguf, tmp_path):
+    return Setup(tmp_path, gguf)
 
 
-def test_the_base_is_right(setup, engine):
-    """Of the writer in this file: what is measured next means nothing otherwise."""
-    error = gap(llama_logits(engine, setup.base), mlx_logits(setup.model))
-    print(f"{setup.family}: base {error:.1e}")
-    assert error <= setup.limit
+def gap(one, other):
+    return float(np.abs(one - other).max())
 
 
-def test_merged_is_model_with_adapter(setup, engine):
-    want = mlx_logits(setup.model, setup.adapter)
-    effect, error = gap(want, mlx_logits(setup.model)), gap(llama_logits(engine, setup.merge()), want)
-    print(f"{setup.family}: merged {error:.1e} of an effect of {effect:.1f}")
-    assert error <= setup.limit < effect / 20
+def tensors_of(gguf, path):
+    return {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
 
 
-def test_lora_gguf_is_model_with_adapter(setup, engine):
-    error = gap(llama_logits(engine, setup.base, setup.lora()), mlx_logits(setup.model, setup.adapter))
-    print(f"{setup.family}: lora {error:.1e}")
-    assert error <= setup.limit
+@pytest.fixture(scope="session")
+def engine(gguf):
+    if not importlib.util.find_spec("llama_cpp"):
+        pytest.skip("pip install llama-cpp-python")
 
 
-def test_subprocess_and_some_layers(gguf, engine, tmp_path):
-    """As a person runs it, with an adapter on the last layer's q and down_proj only."""
-    model = tiny_model(tmp_path / "model")
-    adapter = save_adapter(tmp_path / "adapter", model, keys=["self_attn.q_proj", "mlp.down_proj"], num_layers=1)
-    base, out = write_base(gguf, tmp_path / "base.gguf", model), tmp_path / "sub" / "out"
-    words = "--adapter-path", adapter, "--gguf", base, "--out", out, "--lora-gguf", tmp_path / "lora.gguf"
-    done = run_script(*words, script="export_ollama.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "2 tensors changed" in done.stdout and "ollama create" in done.stdout
-    assert (out / "Modelfile").read_text().split("\n")[0] == "FROM ./model.gguf"
-    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "model.gguf"]
-    assert out.stat().st_mode == out.parent.stat().st_mode  # as readable as any new folder
-    want = mlx_logits(model, adapter)
-    assert gap(llama_logits(engine, out / "model.gguf"), want) <= 1e-4
-    assert gap(llama_logits(engine, base, tmp_path / "lora.gguf"), want) <= 1e-4
+def mlx_logits(model, adapter=None, ids=IDS):
+    model, _ = mlx_lm.load(str(model), adapter_path=adapter and str(adapter))
+    return np.array(model(mx.array([ids]))[0].astype(mx.float32))
+
+
+def llama_logits(target, ids=IDS, env=None, **files):
+    """Return {name: logits} of files, each a GGUF or (GGUF, LoRA), from llama.cpp in a process of its own."""
+    words = [f"{name}={'+'.join(map(str, x if isinstance(x, tuple) else (x,)))}" for name, x in files.items()]
+    command = [sys.executable, ROOT / "tests" / "llama_rig.py", target, json.dumps(ids), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    crash = f"llama.cpp crashed: {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
+    assert done.returncode == 0, f"{crash}\n{done.stderr}"
+    return dict(np.load(target))
+
+
+EMBEDDED = ["model.embed_tokens", "self_attn.k_proj"]
+ADAPTED = [(family, None, {}) for family in FAMILIES]  # family, adapted modules, configuration
+ADAPTED += [("llama", EMBEDDED, dict(tie_word_embeddings=True)), ("llama", [*EMBEDDED, "lm_head"], {})]
+
+
+@pytest.mark.parametrize("family, keys, extra", ADAPTED)
+def test_logits_are_those_of_mlx_with_the_adapter(family, keys, extra, gguf, engine, tmp_path):
+    """The base, so that what follows means something; the merged GGUF; the base with the LoRA."""
+    setup, lora = Setup(tmp_path, gguf, family, keys=keys, **extra), tmp_path / "lora.gguf"
+    files = dict(base=setup.base, merged=setup.merge())
+    if not (keys and extra):  # llama.cpp takes no LoRA of a tied embedding
+        exported(*setup.words, "--lora-gguf", lora)
+        files["lora"] = setup.base, lora
+    plain, want = mlx_logits(setup.model), mlx_logits(setup.model, setup.adapter)
+    found = llama_logits(tmp_path / "logits.npz", **files)
+    errors = {name: gap(logits, plain if name == "base" else want) for name, logits in found.items()}
+    print(f"{family}: {', '.join(f'{name} {error:.1e}' for name, error in errors.items())} of {gap(want, plain):.1f}")
+    assert max(errors.values()) <= (5e-3 if family in GELU else 1e-4) < gap(want, plain) / 20
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The bundled model, an adapter that dpo_trainer.py made in 8 updates, and a real prompt."""
-    folder, model = tmp_path_factory.mktemp("trained"), ROOT / "data" / "tiny-chat"
+    """A folder of a newcomer: data/tiny-chat, and adapters/ that dpo_trainer.py made in 8 updates, without a network."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(TINY_CHAT, folder / "data" / "tiny-chat")
     rows = (ROOT / "data" / "pairs.jsonl").read_text().splitlines(keepends=True)[:24]
     (folder / "pairs.jsonl").write_text("".join(rows))
-    words = "--model", model, "--data", folder / "pairs.jsonl", "--adapter-path", folder / "adapter"
-    done = run_script(*words, "--iters", 8, "--batch-size", 2, "--learning-rate", 1e-3)
+    words = "--model", "data/tiny-chat", "--data", "pairs.jsonl", "--iters", 8, "--batch-size", 2
+    done = run_script(*words, "--learning-rate", 1e-3, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
-    _, tokenizer = mlx_lm.load(str(model))
-    turns = [{"role": "user", "content": "When does the bakery open?"}]
-    return folder, model, folder / "adapter", list(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+    return folder
 
 
-@pytest.fixture(params=["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def answers(request, gguf, engine, trained):
-    """(type, base's GGUF, merged GGUF, {what was asked: logits}) of the trained adapter on a base of each type."""
-    folder, model, adapter, ids = trained
-    base, out = write_base(gguf, folder / "base.gguf", model, request.param), folder / request.param
-    lora, merged = out.with_suffix(".lora.gguf"), out / "model.gguf"
-    exported("--adapter-path", adapter, "--gguf", base, "--out", out, "--lora-gguf", lora)
-    asked = {"mlx": mlx_logits(model, None, ids), "mlx with adapter": mlx_logits(model, adapter, ids)}
-    asked |= {"base": llama_logits(engine, base, None, ids), "base with lora": llama_logits(engine, base, lora, ids)}
-    return request.param, base, merged, {**asked, "merged": llama_logits(engine, merged, None, ids)}
-
-
-def test_a_trained_adapter_on_every_type(answers, gguf):
+@pytest.mark.parametrize("kind", ["bundled", "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_a_trained_adapter_on_every_type(kind, gguf, engine, trained, tmp_path):
     """What is merged is as exact as its base and as base and LoRA: rounding has not taken the adapter away again."""
-    kind, base, merged, asked = answers
+    _, tokenizer = mlx_lm.load(str(TINY_CHAT))
+    asked = [{"role": "user", "content": f"{question} the bakery?"} for question in ("When can I go to", "Who runs")]
+    ids = list(tokenizer.apply_chat_template(asked, add_generation_prompt=True))
+    bundled, adapter = TINY_CHAT / "tiny-chat.gguf", trained / "adapters"
+    base = bundled if kind == "bundled" else write_base(gguf, tmp_path / "base.gguf", TINY_CHAT, kind)
+    lora, merged = tmp_path / "lora.gguf", tmp_path / "out" / "model.gguf"
+    exported("--adapter-path", adapter, "--gguf", base, "--out", tmp_path / "out", "--lora-gguf", lora)
+    asked = llama_logits(tmp_path / "logits.npz", ids, base=base, lora=(base, lora), merged=merged)
+    asked |= {"mlx": mlx_logits(TINY_CHAT, None, ids), "adapted": mlx_logits(TINY_CHAT, adapter, ids)}
     rms = lambda one, other: float(np.sqrt(np.mean((asked[one] - asked[other]) ** 2)))
-    was, now, kept = rms("base", "mlx"), rms("merged", "mlx with adapter"), rms("merged", "base with lora")
-    effect = rms("mlx", "mlx with adapter")
-    print(f"{kind}: rms error of base {was:.1e}, merged {now:.1e}, to base with lora {kept:.1e}; {effect:.2f}")
-    if kind == "F32":
-        assert max(gap(asked["merged"], asked["mlx with adapter"]), gap(asked["base"], asked["mlx"])) <= 1e-4
-        assert gap(asked["base with lora"], asked["mlx with adapter"]) <= 1e-4
-    assert effect > 0.2 and now <= 1.5 * was and kept <= 0.15 * effect
+    effect, was, now = rms("mlx", "adapted"), rms("base", "mlx"), rms("merged", "adapted")
+    print(f"{kind}: base {was:.1e}, merged {now:.1e}, to base with lora {rms('merged', 'lora'):.1e} of {effect:.2f}")
+    assert effect > 0.2 and now <= max(2 * was, 1e-4) and rms("merged", "lora") <= 0.15 * effect
     kinds = [{t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors} for path in (base, merged)]
     assert all(kinds[1][name] in (of, "Q8_0") for name, of in kinds[0].items())
     assert kinds[0] == kinds[1] or kind[:2] in ("Q4", "Q5")
 
 
-def k_quants(gguf, count, columns):
-    """Return the bytes of random rows as Q4_K: 256 numbers are two halves, 12 bytes of scales, 128 of quarters."""
-    blocks = np.random.default_rng(0).integers(0, 256, (count, columns // 256, 144), np.uint8)
-    halves = np.array([0.001, 0.005], np.float16)
-    blocks[..., :4] = halves.view(np.uint8)
-    return blocks.reshape(count, -1)
+def test_a_crash_of_llama_cpp_is_one_failed_test(tmp_path):
+    (tmp_path / "llama_cpp.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    with pytest.raises(AssertionError, match="llama.cpp crashed: SIGILL"):
+        llama_logits(tmp_path / "x.npz", env={**os.environ, "PYTHONPATH": str(tmp_path)}, base="base.gguf")
 
 
-def test_k_quants_become_q8_0(gguf, engine, tmp_path):
-    """Where the adapter is; the others stay, byte for byte."""
-    model, kind = tiny_model(tmp_path / "model", intermediate_size=256), gguf.GGMLQuantizationType.Q4_K
-    weights, stored, rows = mx.load(str(model / "model.safetensors")), {}, k_quants(gguf, 32, 256)
-    for i in range(2):
-        stored[f"blk.{i}.ffn_down.weight"] = rows, kind
-        weights[f"model.layers.{i}.mlp.down_proj.weight"] = mx.array(gguf.dequantize(rows, kind))
-    mx.save_safetensors(str(model / "model.safetensors"), weights)
-    adapter = save_adapter(tmp_path / "adapter", model, num_layers=1)
-    base = write_base(gguf, tmp_path / "base.gguf", model, stored=stored)
-    out = exported("--adapter-path", adapter, "--gguf", base, "--out", tmp_path / "out")
-    assert re.search(r"\b1 [^;]*\bQ8_0", out), out
-    path = tmp_path / "out" / "model.gguf"
-    first, second = (t for t in gguf.GGUFReader(path).tensors if "ffn_down" in t.name)
-    assert first.tensor_type == kind and (first.data == rows).all() and second.tensor_type.name == "Q8_0"
-    a, b = (mx.load(str(adapter / "adapters.safetensors"))[f"model.layers.1.mlp.down_proj.lora_{x}"] for x in "ab")
-    want = np.array(weights["model.layers.1.mlp.down_proj.weight"] + 10 * (a @ b).T)
-    step = np.abs(want.reshape(32, -1, 32)).max(-1, keepdims=True) / 127
-    error = np.abs(gguf.dequantize(second.data, second.tensor_type) - want).reshape(32, -1, 32)
-    assert (error <= 0.57 * step).all()  # 0.5, and the step is kept in 16 bits
-    want = mlx_logits(model, adapter)
-    error, was = (gap(llama_logits(engine, x), mlx_logits(model, y)) for x, y in ((path, adapter), (base, None)))
-    print(f"Q4_K: base {was:.1e}, merged {error:.1e} of an effect of {gap(want, mlx_logits(model)):.1f}")
-    assert error <= max(2 * was, 0.05)
+# ------------------------------------------------------------------------------------------------------------ the files
+
+
+def test_the_bundled_model_as_a_newcomer_exports_it(gguf, trained, tmp_path):
+    """From another folder, with spaces in names; and the bundled GGUF is what the script makes of the weights."""
+    words, there = ["--adapter-path", "../adapters", "--out", "my model"], trained / "else where"
+    there.mkdir()
+    done = run_script(*words, script="export_ollama.py", cwd=there, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    out, own = there / "my model", (TINY_CHAT / "Modelfile").read_text()
+    assert sorted(path.name for path in there.rglob("*")) == ["Modelfile", "model.gguf", "my model"]
+    assert (out / "Modelfile").read_text() == own.replace("tiny-chat.gguf", "model.gguf") and "TEMPLATE" in own
+    weights = mx.load(str(trained / "adapters" / "adapters.safetensors"))
+    scale = json.loads((trained / "adapters" / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+    a, b = (np.array(weights[f"model.layers.3.mlp.down_proj.lora_{x}"]) for x in "ab")
+    was, now = tensors_of(gguf, TINY_CHAT / "tiny-chat.gguf"), tensors_of(gguf, out / "model.gguf")
+    want = was["blk.3.ffn_down.weight"] + scale * (a @ b).T
+    assert gap(now["blk.3.ffn_down.weight"], want) <= 1e-3 < gap(want, was["blk.3.ffn_down.weight"])
+    (trained / "data" / "tiny-chat" / "tiny-chat.gguf").unlink()
+    done = run_script("--only-gguf", "--out", trained / "data", script="data/make_tiny_chat.py")
+    assert done.returncode == 0, done.stderr
+    for path in TINY_CHAT.iterdir():
+        assert path.read_bytes() == (trained / "data" / "tiny-chat" / path.name).read_bytes(), path.name
 
 
 def add_odd_keys(writer):
-    writer.add_custom_alignment(64)
+    writer.add_custom_alignment(256)
     writer.add_array("odd.strings", ["é", "", "日本"])
-    writer.add_array("odd.numbers", [1.5, -2.0])
-    writer.add_bool("odd.bool", True)
     writer.add_int8("odd.int8", -3)
-    writer.add_uint64("odd.uint64", 2**40)
     writer.add_float64("odd.float64", 0.1)
 
 
-def test_the_rest_of_the_base_is_kept(gguf, engine, tmp_path):
-    """Every key, with its type, and every tensor that is not adapted; also where tensors are aligned otherwise."""
-    model = tiny_model(tmp_path / "model")
-    adapter = save_adapter(tmp_path / "adapter", model, keys=["self_attn.v_proj"])
-    base = write_base(gguf, tmp_path / "base.gguf", model, more=add_odd_keys)
-    exported("--adapter-path", adapter, "--gguf", base, "--out", tmp_path / "out")
-    was, now = (gguf.GGUFReader(path) for path in (base, tmp_path / "out" / "model.gguf"))
-    fields = [{f.name: (f.types, f.contents()) for f in x.fields.values() if f.name[:5] != "GGUF."} for x in (was, now)]
-    assert fields[0] == fields[1]
-    assert [t.name for t in was.tensors] == [t.name for t in now.tensors]
-    for one, other in zip(was.tensors, now.tensors):
-        assert (one.data.tobytes() == other.data.tobytes()) != ("attn_v" in one.name), one.name
-    assert gap(llama_logits(engine, tmp_path / "out" / "model.gguf"), mlx_logits(model, adapter)) <= 1e-4
+def add_empty_list(path, name="odd.none".ljust(232, ".")):
+    """Put a key of 256 bytes into a GGUF that llama.cpp's own programs write, and the Python package cannot."""
+    data, number = path.read_bytes(), lambda n, size: n.to_bytes(size, "little")
+    key = number(len(name), 8) + name.encode() + number(9, 4) + number(8, 4) + number(0, 8)
+    path.write_bytes(data[:16] + number(int.from_bytes(data[16:24], "little") + 1, 8) + key + data[24:])
 
 
-def test_an_empty_list_in_the_base(gguf, engine, tmp_path):
-    """llama.cpp's own programs write such keys; the Python package can not."""
-    setup = Setup(tmp_path, gguf)
-    data = setup.base.read_bytes()
-    count = int.from_bytes(data[16:24], "little") + 1
-    parts = [(8, 8), b"odd.none", (9, 4), (8, 4), (0, 8)]  # 32 bytes: what follows stays aligned
-    key = b"".join(x if isinstance(x, bytes) else x[0].to_bytes(x[1], "little") for x in parts)
-    setup.base.write_bytes(data[:16] + count.to_bytes(8, "little") + key + data[24:])
-    assert gap(llama_logits(engine, setup.merge()), mlx_logits(setup.model, setup.adapter)) <= 1e-4
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_adapted_embedding_and_head(gguf, engine, tied, tmp_path):
-    keys = ["model.embed_tokens", "self_attn.k_proj"] + ["lm_head"] * (not tied)
-    setup = Setup(tmp_path, gguf, keys=keys, tie_word_embeddings=tied)
-    want = mlx_logits(setup.model, setup.adapter)
-    error = gap(llama_logits(engine, setup.merge()), want)
-    print(f"embedding, {'tied' if tied else 'head'}: merged {error:.1e}")
-    assert error <= 1e-4 < gap(want, mlx_logits(setup.model)) / 100
-    if tied:
-        refused(tmp_path, *setup.words, "--lora-gguf", tmp_path / "lora.gguf", says=["tied"])
-    else:
-        error = gap(llama_logits(engine, setup.base, setup.lora()), want)
-        print(f"embedding, head: lora {error:.1e}")
-        assert error <= 1e-4
-
-
-def test_tied_where_the_configuration_does_not_say(gguf, tmp_path):
-    """mlx-lm takes a llama without tie_word_embeddings as tied; llama.cpp would end on such a LoRA."""
-    setup = Setup(tmp_path, gguf, keys=["model.embed_tokens"])
-    model = tiny_model(tmp_path / "model", tie_word_embeddings=True)
-    config = json.loads((model / "config.json").read_text())
-    del config["tie_word_embeddings"]
-    (model / "config.json").write_text(json.dumps(config))
-    refused(tmp_path, *setup.words, "--lora-gguf", tmp_path / "lora.gguf", says=["tied"])
-
-
-# ---------------------------------------------------------------------------------------------------------------- PEFT
-
-
-def peft_logits(model, folder):
-    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
-    peft = pytest.importorskip("peft", reason="pip install peft")
-    base = transformers.LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
-    with torch.no_grad():
-        plain = base(torch.tensor([IDS])).logits[0].numpy()
-        adapted = peft.PeftModel.from_pretrained(base, folder).eval()
-        return plain, adapted(torch.tensor([IDS])).logits[0].numpy()
-
-
-@pytest.mark.parametrize(
-    "keys, layers", [(None, 2), (["self_attn.q_proj", "mlp.up_proj"], 1), (["model.embed_tokens", "lm_head"], 2)]
-)
-def test_peft_loads_it(keys, layers, tmp_path):
-    pytest.importorskip("peft", reason="pip install peft")
-    model = tiny_model(tmp_path / "model", architectures=["LlamaForCausalLM"], hidden_act="silu", attention_bias=False)
-    adapter = save_adapter(tmp_path / "adapter", model, keys=keys, num_layers=layers)
-    exported("--adapter-path", adapter, "--peft", tmp_path / "peft")
-    plain, adapted = peft_logits(model, tmp_path / "peft")
-    want, was = mlx_logits(model, adapter), mlx_logits(model)
-    print(f"peft: base {gap(plain, was):.1e}, adapted {gap(adapted, want):.1e} of an effect of {gap(want, was):.1f}")
-    assert gap(plain, was) <= 1e-4 and gap(adapted, want) <= 1e-4 < gap(want, was) / 100
-
-
-# ---------------------------------------------------------------------------------------------------------------- fuse
-
-FUSED = {
-    "dora": ("llama", "dora", {}),
-    "4-bit": ("mixtral", "lora", dict(bits=4)),
-    "full": ("qwen3_moe", "full", {}),
-}
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_fused_is_model_with_adapter(name, tmp_path):
-    family, kind, extra = FUSED[name]
-    model, out = tiny_model(tmp_path / "model", family, **extra), tmp_path / "out"
-    adapter = save_adapter(tmp_path / "adapter", model, kind)
-    said = exported("--adapter-path", adapter, "--fuse", "--out", out)
-    assert "convert_hf_to_gguf.py" in said and "ollama create" in said
-    want = mlx_logits(model, adapter)
-    error, effect = gap(mlx_logits(out), want), gap(want, mlx_logits(model))
-    print(f"fused {name}: {error:.1e} of an effect of {effect:.1f}")
-    assert error <= 1e-4 < effect / 100
-    for path in model.glob("*token*"):
-        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
-    assert "quantization" not in json.loads((out / "config.json").read_text())
-    names = {name for path in out.glob("*.safetensors") for name in mx.load(str(path))}
-    assert not any("switch_mlp" in name for name in names)
-    one = {"mixtral": "block_sparse_moe.experts.3.w2", "qwen3_moe": "mlp.experts.3.down_proj"}
-    assert f"model.layers.1.{one.get(family, 'mlp.down_proj')}.weight" in names
-
-
-def test_fuse_that_fails_leaves_nothing(tmp_path):
-    setup = Setup(tmp_path)
-
-    def half():
-        folder = Path(sys.argv[sys.argv.index("--save-path") + 1])
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise RuntimeError("[write] Unable to write")
-
-    with mock.patch("mlx_lm.fuse.main", half):
-        refused(tmp_path, *setup.words, "--fuse", "--out", tmp_path / "out", says=["fuse"])
-
-
-# ------------------------------------------------------------------------------------------------------------- refused
-
-
-@pytest.fixture(scope="module")
-def plain(gguf, tmp_path_factory):
-    return Setup(tmp_path_factory.mktemp("plain"), gguf)
-
-
-def forms(setup):
-    """Return the three forms of a LoRA, as words."""
-    out = setup.folder / "out"
-    return ("--gguf", setup.base, "--out", out), ("--lora-gguf", out), ("--peft", out)
-
-
-def test_unknown_architectures_are_refused(gguf, tmp_path):
-    setup = Setup(tmp_path, gguf)
-    path = setup.model / "config.json"
-    path.write_text(path.read_text().replace('"llama"', '"cohere"'))
-    for words in forms(setup)[:2]:
-        refused(tmp_path, *setup.words, *words, says=["cohere", "llama"])
-
-
-@pytest.mark.parametrize("kind", ["dora", "full"])
-def test_what_is_no_lora_is_refused(gguf, kind, tmp_path):
-    setup = Setup(tmp_path, gguf)
+def test_the_rest_of_the_base_is_kept(gguf, tmp_path):
+    """Keys with their types, alignment, and what is not adapted, to the byte; an adapted K-quant becomes Q8_0."""
+    setup, kind = Setup(tmp_path, intermediate_size=256), gguf.GGMLQuantizationType.Q4_K
+    rows = np.random.default_rng(0).integers(0, 256, (32, 144), np.uint8)  # 256 numbers: 2 halves, then 140 bytes
+    rows[:, :4] = np.array([0.001, 0.005], np.float16).view(np.uint8)
     shutil.rmtree(setup.adapter)
-    save_adapter(setup.adapter, setup.model, kind)
-    for words in forms(setup):
-        refused(tmp_path, *setup.words, *words, says=[kind, "--fuse"])
+    save_adapter(setup.adapter, setup.model, num_layers=1, keys=["mlp.down_proj"])
+    stored = {f"blk.{i}.ffn_down.weight": (rows, kind) for i in range(2)}
+    setup.base = write_base(gguf, tmp_path / "base.gguf", setup.model, "Q8_0", stored, add_odd_keys)
+    add_empty_list(setup.base)
+    was, now = (gguf.GGUFReader(path) for path in (setup.base, setup.merge()))
+    fields = [{f.name: (f.types, f.contents()) for f in x.fields.values() if f.name[:5] != "GGUF."} for x in (was, now)]
+    assert fields[1] == {name: field for name, field in fields[0].items() if field[1] != []} != fields[0]
+    assert [t.name for t in was.tensors] == [t.name for t in now.tensors]
+    adapted = {"blk.1.ffn_down.weight"}
+    assert {t.name for t, u in zip(was.tensors, now.tensors) if t.data.tobytes() != u.data.tobytes()} == adapted
+    changed = next(t for t in now.tensors if t.name in adapted)
+    weights = mx.load(str(setup.adapter / "adapters.safetensors"))
+    a, b = (np.array(weights[f"model.layers.1.mlp.down_proj.lora_{x}"]) for x in "ab")
+    want = (gguf.dequantize(rows, kind) + 10 * (a @ b).T).reshape(32, -1, 32)
+    error = np.abs(gguf.dequantize(changed.data, changed.tensor_type).reshape(want.shape) - want)
+    step = np.abs(want).max(-1, keepdims=True) / 127
+    assert changed.tensor_type.name == "Q8_0" and (error <= 0.57 * step).all()  # 0.5, and the step has 16 bits
 
 
-def test_another_models_gguf_is_refused(gguf, tmp_path):
-    setup = Setup(tmp_path, gguf)
-    other = write_base(gguf, tmp_path / "other.gguf", tiny_model(tmp_path / "other", intermediate_size=96))
-    said = refused(tmp_path, *setup.words, "--gguf", other, "--out", tmp_path / "out", says=["(96, 32)", "(64, 32)"])
-    assert len(set(re.findall(r"blk\.\d\.\w+\.weight", said))) == 3
-    other = write_base(gguf, tmp_path / "other.gguf", tiny_model(tmp_path / "other", "qwen2"))
-    refused(tmp_path, *setup.words, "--gguf", other, "--out", tmp_path / "out", says=["qwen2", "llama"])
+@pytest.mark.parametrize("tied, key, moved", [(True, "model.embed_tokens", ["output.weight", "token_embd.weight"]),
+    (False, "model.embed_tokens", ["token_embd.weight"]), (False, "lm_head", ["output.weight"])])  # fmt: skip
+def test_one_matrix_or_two(tied, key, moved, gguf, tmp_path):
+    """One in mlx-lm and two in the GGUF: both change alike. Two in mlx-lm and one in the GGUF: refused."""
+    setup, file = Setup(tmp_path, keys=[key], tie_word_embeddings=tied), tmp_path / "model" / "model.safetensors"
+    weights = mx.load(str(file))
+    head = weights.pop("lm_head.weight", weights["model.embed_tokens.weight"] + 1)
+    mx.save_safetensors(str(file), weights | {"lm_head.weight": head})
+    setup.base = write_base(gguf, tmp_path / "two.gguf", setup.model, "F16")
+    was, now = (tensors_of(gguf, path) for path in (setup.base, setup.merge()))
+    changes = {name: now[name] - was[name] for name in was if gap(was[name], now[name])}
+    assert sorted(changes) == moved and gap(changes[moved[0]], changes[moved[-1]]) <= 0.02 < gap(changes[moved[0]], 0)
+    mx.save_safetensors(str(file), weights)
+    setup.base = write_base(gguf, tmp_path / "one.gguf", setup.model, "F16")
+    if tied:
+        setup.merge("again")
+    else:
+        setup.refused("--gguf", setup.base, "--out", tmp_path / "again", says=["one.gguf", "head"])
 
 
-def test_a_part_of_a_gguf_is_refused(gguf, tmp_path):
-    """llama.cpp would look for the other parts beside model.gguf, in vain."""
-    setup = Setup(tmp_path, gguf)
-    part = write_base(gguf, tmp_path / "part.gguf", setup.model, more=lambda x: x.add_uint16("split.count", 2))
-    refused(tmp_path, *setup.words, "--gguf", part, "--out", tmp_path / "out", says=["part.gguf"])
+def test_peft_by_hand(tmp_path):
+    setup, peft = Setup(tmp_path), tmp_path / "peft"
+    exported(*setup.words, "--peft", peft)
+    config = json.loads((peft / "adapter_config.json").read_text())
+    weights = mx.load(str(setup.adapter / "adapters.safetensors"))
+    found = mx.load(str(peft / "adapter_model.safetensors"))
+    assert config["lora_alpha"] / config["r"] == 10 and len(found) == len(weights)
+    for module in config["target_modules"]:
+        a, b = (found[f"base_model.model.{module}.lora_{x}.weight"] for x in "AB")
+        assert gap((b @ a).T, weights[f"{module}.lora_a"] @ weights[f"{module}.lora_b"]) <= 1e-6, module
 
 
-def test_what_is_no_gguf_is_refused(plain, tmp_path):
+FUSED = [("llama", "dora", None), ("mixtral", "lora", 4), ("qwen3_moe", "full", None)]
+
+
+@pytest.mark.parametrize("family, kind, bits", FUSED)
+def test_fused_is_model_with_adapter(family, kind, bits, tmp_path):
+    model, out = tiny_model(tmp_path / "model", family, bits=bits), tmp_path / "out"
+    adapter = save_adapter(tmp_path / "adapter", model, kind)
+    (model / "old.gguf").write_text("large")
+    exported("--adapter-path", adapter, "--fuse", "--out", out)
+    want = mlx_logits(model, adapter)
+    assert gap(mlx_logits(out), want) <= 1e-4 < gap(want, mlx_logits(model)) / 100
+    assert all((out / path.name).read_bytes() == path.read_bytes() for path in model.glob("*token*"))
+    assert "quantization" not in (out / "config.json").read_text() and not (out / "old.gguf").exists()
+    names = mx.load(str(out / "model.safetensors"))
+    one = {"mixtral": "block_sparse_moe.experts.3.w2", "qwen3_moe": "mlp.experts.3.down_proj"}
+    assert f"model.layers.1.{one.get(family, 'mlp.down_proj')}.weight" in names and "switch_mlp" not in str(list(names))
+
+
+# -------------------------------------------------------------------------------------------------- refused and failing
+
+
+def test_bad_models_and_adapters_are_refused(setup, tmp_path):
+    out, file = tmp_path / "out", str(setup.adapter / "adapters.safetensors")
+    merge, lora, peft = ("--gguf", setup.base, "--out", out), ("--lora-gguf", out), ("--peft", out)
+    for way in (merge, lora):
+        setup.change(model_type="cohere")
+        setup.refused(*way, says=["cohere", "llama"])
+        setup.change(model_type="llama")
+    weights, name = mx.load(file), "model.layers.0.self_attn.q_proj.lora_a"
+    for bad in ({name: weights[name] * float("nan")}, {"model.norm.weight": mx.ones(4)}, {name: weights[name][:, :2]}):
+        mx.save_safetensors(file, weights | bad)
+        for way in (merge, lora, peft):
+            setup.refused(*way, says=[setup.adapter, "model."])
+    mx.save_safetensors(
+        file, {"model.embed_tokens.lora_a": mx.ones((320, 4)), "model.embed_tokens.lora_b": mx.ones((4, 32))}
+    )
+    for tied in (True, None):  # a configuration that does not say so is tied, too
+        setup.change(tie_word_embeddings=tied)
+        for way in (lora, peft):  # llama.cpp would end on it, PEFT would change one of the two
+            setup.refused(*way, says=["tied"])
+    for bad in ({"lora_parameters": {"rank": 4}}, {"lora_parameters": None}, {"model": None}):
+        setup.change("adapter/adapter_config.json", **bad)
+        setup.refused(*merge, says=[setup.adapter, *bad])
+    for kind in ("dora", "full"):
+        shutil.rmtree(setup.adapter)
+        save_adapter(setup.adapter, setup.model, kind)
+        for way in (merge, lora, peft):
+            setup.refused(*way, says=[kind, "--fuse"])
+    (setup.adapter / "adapter_config.json").write_text("{")
+    setup.refused(*merge, says=[setup.adapter])
+
+
+def test_bad_bases_are_refused(setup, gguf, tmp_path):
+    write_base(gguf, tmp_path / "other.gguf", tiny_model(tmp_path / "other", intermediate_size=96))
+    write_base(gguf, tmp_path / "qwen.gguf", tiny_model(tmp_path / "qwen", "qwen2"))
+    write_base(gguf, tmp_path / "part.gguf", setup.model, more=lambda writer: writer.add_uint16("split.count", 2))
     (tmp_path / "text.gguf").write_text("not a GGUF" * 9)
-    for name in ("text.gguf", "nowhere.gguf"):
-        refused(tmp_path, *plain.words, "--gguf", tmp_path / name, "--out", tmp_path / "out", says=[name])
+    says = {
+        "other.gguf": ["(96, 32)", "(64, 32)", "blk.0.ffn"],
+        "qwen.gguf": ["qwen2", "llama"],
+        "part.gguf": ["part of"],
+    }
+    for name in (*says, "text.gguf", "nowhere.gguf", "model"):
+        words = says.get(name, []) + [name]
+        setup.refused("--gguf", tmp_path / name, "--out", tmp_path / "out", says=words)
 
 
-def test_a_full_disk_is_seen_first(plain):
-    usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
-    with mock.patch.object(shutil, "disk_usage", return_value=usage):
-        refused(plain.folder, *plain.words, *forms(plain)[0], says=["GB"])
-
-
-def test_without_the_gguf_package(tmp_path):
-    """It is named; what needs it not goes without."""
-    setup = Setup(tmp_path)
-    (tmp_path / "base.gguf").write_bytes(b"GGUF")
-    with mock.patch.dict(sys.modules, {"gguf": None}):
-        for words in (("--gguf", tmp_path / "base.gguf"), ("--lora-gguf", tmp_path / "lora.gguf")):
-            refused(tmp_path, *setup.words, *words, "--out", tmp_path / "out", says=["pip install gguf"])
+def test_wrong_words(setup, tmp_path):
+    (tmp_path / "there").mkdir()
+    for way in (("--gguf", setup.base, "--out"), ("--fuse", "--out"), ("--peft",), ("--lora-gguf",)):
+        setup.refused(*way, tmp_path / "there", says=["there: it is there already"])
+    setup.refused("--adapter-path", tmp_path / "nowhere", "--fuse", "--out", tmp_path / "out", says=["nowhere"])
+    setup.refused("--out", tmp_path / "out", says=["--gguf", "Modelfile"])  # no base is named
+    setup.refused("--fuse", "--gguf", "x", "--out", tmp_path / "out", says=["--fuse", "--gguf"])
+    Setup(tmp_path / "moe", family="mixtral").refused("--peft", tmp_path / "peft", says=["experts"])
+    with mock.patch.object(export_ollama, "gguf", None):
+        for way in (("--gguf", setup.base), ("--lora-gguf", tmp_path / "lora.gguf")):
+            setup.refused(*way, "--out", tmp_path / "out", says=["pip install gguf"])
         exported(*setup.words, "--peft", tmp_path / "peft")
 
 
-def test_an_out_that_exists_is_left_alone(plain, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    for way in (("--gguf", plain.base), ("--fuse",)):
-        refused(tmp_path, *plain.words, *way, "--out", tmp_path / "out", says=["out"])
+@pytest.mark.parametrize("name", ["model", "../model", "./model", "gone/model", "/gone/model", "gone"])
+def test_the_model_is_looked_for_beside_the_adapter(name, setup, tmp_path):
+    """A path is relative to where training ran, or to the adapter; one that is not there is called that."""
+    setup.change("adapter/adapter_config.json", model=name)
+    if "gone" in name:
+        setup.refused("--gguf", setup.base, "--out", tmp_path / "out", says=[f"no folder {name}", "beside the adapter"])
+    else:
+        setup.merge()
 
 
-def test_stacked_experts_have_no_peft_form(tmp_path):
-    setup = Setup(tmp_path, family="mixtral")
-    refused(tmp_path, *setup.words, "--peft", tmp_path / "peft", says=["experts"])
+LIMITED = """import resource, signal, sys; n = int(sys.argv.pop(1)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); sys.path.insert(0, sys.argv.pop(1))
+import export_ollama; export_ollama.main()"""
 
 
-def test_no_adapter_and_no_way(tmp_path):
-    setup = Setup(tmp_path)
-    refused(tmp_path, "--adapter-path", tmp_path / "nowhere", "--fuse", "--out", tmp_path / "out", says=["nowhere"])
-    refused(tmp_path, *setup.words, "--out", tmp_path / "out", says=["--gguf"])
-    refused(tmp_path, *setup.words, "--fuse", "--gguf", "x", "--out", tmp_path / "out", says=["--fuse"])
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("out"), KeyboardInterrupt()])
-@pytest.mark.parametrize("place", ["quantize", "GGUFWriter.write_tensor_data"])
-def test_whole_or_not_at_all(plain, gguf, place, error):
-    """What fails at the third tensor leaves nothing behind."""
-    owner, _, name = place.rpartition(".")
-    owner = getattr(gguf, owner) if owner else gguf
-    real, calls = getattr(owner, name), []
-
-    def third(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise error
-        return real(*args, **kwargs)
-
-    before = sorted(plain.folder.rglob("*"))
-    with mock.patch.object(owner, name, third):
-        try:
-            code, _, said = export(*plain.words, *forms(plain)[0])
-            assert code and len(said.strip().splitlines()) == 1
-        except KeyboardInterrupt:
-            pass
-    assert len(calls) >= 3 and sorted(plain.folder.rglob("*")) == before
+@pytest.mark.parametrize("form", ["--gguf", "--lora-gguf", "--peft", "--fuse"])
+def test_a_full_disk_a_kill_and_ctrl_c(form, setup, gguf, tmp_path):
+    """All of it or nothing, also where the last bytes find no room, which numpy's tofile does not say."""
+    words = {"--gguf": ["--gguf", str(setup.base), "--out"], "--fuse": ["--fuse", "--out"]}.get(form, [form])
+    exported(*setup.words, *words, tmp_path / "whole")
+    files = [path for path in (tmp_path / "whole", *(tmp_path / "whole").glob("*")) if path.is_file()]
+    before, size = sorted(tmp_path.rglob("*")), max(path.stat().st_size for path in files)
+    command = [sys.executable, "-c", LIMITED, str(size - 8), str(ROOT), *map(str, setup.words), *words]
+    done = subprocess.run([*command, str(tmp_path / "short")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and "short" in done.stderr, done.stderr
+    with mock.patch("gguf.quantize" if form == "--gguf" else "pathlib.Path.rename", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            exported(*setup.words, *words, tmp_path / "short")
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "unfinished-short").mkdir()  # what a kill leaves
+    (tmp_path / "unfinished-short" / "short").write_text("half")
+    exported(*setup.words, *words, tmp_path / "short")
+    assert not (tmp_path / "unfinished-short").exists()
+    for path in files:
+        assert (tmp_path / "short" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path
 
 
 # -------------------------------------------------------------------------------------------------------------- ollama
 
-KEPT = '''TEMPLATE """{{ if .Tools }}
-# Tools
-
-FROM here on, call them.
-{{ end }}{{ .Prompt }}"""
-SYSTEM You are a harbour guide.
-PARAMETER stop <|im_end|>
-PARAMETER temperature 0.5
-LICENSE """# LICENSE AGREEMENT
-FROM the first day on.
-"""'''
-SHOWN = f"""# Modelfile generated by "ollama show"
-# To build a new Modelfile based on this, replace FROM with:
-# FROM harbour:latest
-
-FROM BLOB
-{KEPT}
+KEPT = 'TEMPLATE """\n# Tools\n\nFROM here on, call them.\n{{ .Prompt }}"""\nPARAMETER stop <|im_end|>\n'
+REMARKS = '# Modelfile generated by "ollama show"\n# FROM harbour:latest\n\n'
+OLLAMA = """#!/bin/sh
+[ "$1" = create ] && printf '%s\\n' "$@" > "$0.created" && exit
+[ "$*" = "show --modelfile harbour" ] || exit 3
+cat "$0.shown" || exit 1
 """
 
 
-def fake_ollama(folder, shown, code=0):
-    """Put a program `ollama` in a folder; return an environment in which it is the only one."""
-    folder.mkdir()
-    (folder / "shown").write_text(shown)
-    said = f"cat '{folder}/shown'" if not code else "echo 'Error: model not found' >&2"
-    (folder / "ollama").write_text(f'#!/bin/sh\n[ "$*" = "show --modelfile harbour" ] || exit 3\n{said}\nexit {code}\n')
-    (folder / "ollama").chmod(0o755)
-    return {"PATH": f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+@pytest.fixture
+def ollama(tmp_path, monkeypatch):
+    """A program `ollama` that shows the file .shown beside it, and writes down what it is to create, a word a line."""
+    path = tmp_path / "bin" / "ollama"
+    path.parent.mkdir()
+    path.write_text(OLLAMA)
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    return path
 
 
-def from_ollama(setup, env):
-    with mock.patch.dict(os.environ, env):
-        return export(*setup.words, "--ollama", "harbour", "--out", setup.folder / "out")
+@pytest.mark.parametrize("quote", ["", '"'])
+@pytest.mark.parametrize("name", ["plain", 'My Disk/it\'s "here" $HOME;x'])
+def test_paths_with_spaces_and_quotes(name, quote, setup, ollama, tmp_path):
+    """Ollama's store, the adapter and the output in any folder: what is printed is what a shell takes."""
+    place = tmp_path / name
+    place.mkdir(parents=True)
+    blob, adapter, out = setup.base.rename(place / "sha256-0a"), place / "adapters", place / "my model"
+    setup.adapter.rename(adapter)
+    ollama.with_suffix(".shown").write_text(f"{REMARKS}FROM {quote}{blob}{quote}\n{KEPT}")
+    said = exported("--adapter-path", adapter, "--ollama", "harbour", "--out", out)
+    assert (out / "Modelfile").read_text() == f"FROM ./model.gguf\n{KEPT}"
+    exported("--adapter-path", adapter, "--gguf", blob, "--out", place / "again")
+    assert (out / "model.gguf").read_bytes() == (place / "again" / "model.gguf").read_bytes()
+    subprocess.run(said.partition("Next: ")[2], shell=True, check=True)
+    created = ollama.with_suffix(".created").read_text().splitlines()
+    assert created == ["create", "my-model", "-f", str(out / "Modelfile")]  # Ollama's names have no spaces
+    said = exported("--adapter-path", adapter, "--fuse", "--out", place / "a fuse").splitlines()[1]
+    assert shlex.split(said)[3:] == [str(place / "a fuse"), "--outfile", str(place / "a fuse" / "model.gguf")]
 
 
-def test_ollamas_template_and_parameters_are_kept(gguf, tmp_path):
-    setup = Setup(tmp_path, gguf)
-    blob = setup.base.rename(tmp_path / "sha256-0123")
-    code, out, err = from_ollama(setup, fake_ollama(tmp_path / "bin", SHOWN.replace("BLOB", str(blob))))
-    assert code == 0, err
-    assert (tmp_path / "out" / "Modelfile").read_text().strip() == f"FROM ./model.gguf\n{KEPT}"
-    write_base(gguf, tmp_path / "base.gguf", setup.model)
-    assert (tmp_path / "out" / "model.gguf").read_bytes() == setup.merge("again").read_bytes()
-
-
-@pytest.mark.parametrize("problem", ["not installed", "not pulled", "no file"])
-def test_without_ollama(plain, problem, tmp_path):
-    code, path = (1 if problem == "not pulled" else 0), tmp_path / "gone"
-    env = fake_ollama(tmp_path / "bin", SHOWN.replace("BLOB", str(path)), code)
+@pytest.mark.parametrize("problem", ["not installed", "not pulled", "no file", "adapter"])
+def test_without_ollamas_model(problem, setup, ollama, tmp_path):
+    shown = f"FROM {tmp_path / 'gone' if problem == 'no file' else setup.base}\n{KEPT}"
     if problem == "not installed":
-        (tmp_path / "bin" / "ollama").unlink()
-        env["PATH"] = str(tmp_path / "bin")
-    before = sorted(plain.folder.rglob("*"))
-    code, _, err = from_ollama(plain, env)
-    assert code == 1 and len(err.strip().splitlines()) == 1 and "harbour" in err and "Traceback" not in err
-    assert sorted(plain.folder.rglob("*")) == before
+        ollama.unlink()
+    elif problem != "not pulled":
+        ollama.with_suffix(".shown").write_text(shown + "ADAPTER /store/sha256-1b\n" * (problem == "adapter"))
+    setup.refused("--ollama", "harbour", "--out", tmp_path / "out", says=["harbour"])
