@@ -494,9 +494,7 @@ def train(model, initial, splits, args, objective, stop=()):
         norm = mx.linalg.norm(mean)
         params = optimizer.apply_gradients({"all": mean * mx.minimum(1, 1 / (norm + 1e-6))}, {"all": params})["all"]
         reports, saves = (step % n == 0 or step == updates for n in (args.steps_per_report, args.save_every))
-        stops = (
-            len(stop) if world.size() == 1 else mx.distributed.all_sum(mx.array(len(stop))).item()
-        )  # it waits for all
+        stops = len(stop) if world.size() == 1 else mx.distributed.all_sum(mx.array(len(stop))).item()
         if reports or saves or stops:
             means = mean_metrics(found) | {"grad_norm": norm.item(), "learning_rate": optimizer.learning_rate.item()}
             if not np.isfinite(means["loss"] + means["grad_norm"]):
