@@ -377,7 +377,8 @@ class Checkpointed:
 def install(params, model):
     """Return the model with the vector's values in its trainable parameters, in the dtypes that these have."""
     trained = tree_flatten(model.trainable_parameters())
-    parts = mx.split(params, np.cumsum([w.size for _, w in trained])[:-1].tolist())
+    dtype = max((w.dtype for _, w in trained), key=lambda dtype: dtype.size)  # once for all, where all have the same
+    parts = mx.split(params.astype(dtype), np.cumsum([w.size for _, w in trained])[:-1].tolist())
     new = [(name, part.reshape(w.shape).astype(w.dtype)) for (name, w), part in zip(trained, parts)]
     return model.update(tree_unflatten(new))
 
@@ -385,8 +386,8 @@ def install(params, model):
 def can_share(model, pairs):
     """Return whether the model scores shared prompts as whole rows, as one with a recurrent state does not."""
     pairs = [pick(pairs, key=lambda pair: len(pair["prompt"])) for pick in (min, max)]
-    R = max(len(pair["prompt"] + pair[side]) for pair in pairs for side in ("chosen", "rejected"))
-    whole, shared = make_batch(pairs, (0, R)), make_batch(pairs, (R, R))
+    P, R = (max(len(pair[side]) for pair in pairs for side in sides) for sides in (["prompt"], ["chosen", "rejected"]))
+    whole, shared = make_batch(pairs, (0, P + R)), make_batch(pairs, (P, R))
     logps, logits = answer_logps(model, whole)
     need(mx.isfinite(logps).all().item(), "its log-probabilities are no numbers, as where float16 overflows")
     try:

@@ -12,7 +12,7 @@ Fine-tune a chat model on preference pairs with SimPO (LoRA, DoRA or full), whic
     python simpo_trainer.py --model mlx-community/Llama-3.2-1B-Instruct-4bit --data my_pairs.jsonl
 
 Reads one pair a line, {"prompt": "...", "chosen": "...", "rejected": "..."}; read_pair takes more forms. Writes, in
---adapter-path, adapters.safetensors and adapter_config.json, which mlx-lm loads, metrics.jsonl and this script.
+--adapter-path, adapters.safetensors and adapter_config.json, which mlx-lm loads, and metrics.jsonl.
 To change the loss edit SIMPO_LOSSES; the data forms, read_pair; what is the answer, encode_pair; an update, train.
 Letters: B pairs, 2B rows (the chosen answers, then the rejected), P prompt tokens, R row tokens, V vocabulary.
 """
@@ -375,7 +375,8 @@ class Checkpointed:
 def install(params, model):
     """Return the model with the vector's values in its trainable parameters, in the dtypes that these have."""
     trained = tree_flatten(model.trainable_parameters())
-    parts = mx.split(params, np.cumsum([w.size for _, w in trained])[:-1].tolist())
+    dtype = max((w.dtype for _, w in trained), key=lambda dtype: dtype.size)  # once for all, where all have the same
+    parts = mx.split(params.astype(dtype), np.cumsum([w.size for _, w in trained])[:-1].tolist())
     new = [(name, part.reshape(w.shape).astype(w.dtype)) for (name, w), part in zip(trained, parts)]
     return model.update(tree_unflatten(new))
 
@@ -383,8 +384,8 @@ def install(params, model):
 def can_share(model, pairs):
     """Return whether the model scores shared prompts as whole rows, as one with a recurrent state does not."""
     pairs = [pick(pairs, key=lambda pair: len(pair["prompt"])) for pick in (min, max)]
-    R = max(len(pair["prompt"] + pair[side]) for pair in pairs for side in ("chosen", "rejected"))
-    whole, shared = make_batch(pairs, (0, R)), make_batch(pairs, (R, R))
+    P, R = (max(len(pair[side]) for pair in pairs for side in sides) for sides in (["prompt"], ["chosen", "rejected"]))
+    whole, shared = make_batch(pairs, (0, P + R)), make_batch(pairs, (P, R))
     logps, logits = answer_logps(model, whole)
     need(mx.isfinite(logps).all().item(), "its log-probabilities are no numbers, as where float16 overflows")
     try:
@@ -546,7 +547,6 @@ def main():
                 print("The earlier run is now in", folder.rename(f"{folder}-{time.strftime('%y%m%d-%H%M%S')}"))
             folder.mkdir(parents=True, exist_ok=True)
             lora.save_config(dict(vars(args)), folder / "adapter_config.json")
-            (folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
     with blame(args.model, "it cannot be trained with these options"):
         share = can_share(model, sum(splits.values(), []))
         splits = {name: sorted_batches(pairs, args.batch_size, share) for name, pairs in splits.items()}
