@@ -424,7 +424,7 @@ def make_optimizer(args, updates):
     warmup = args.lr_schedule.get("warmup_steps", updates // 10)
 
     def rate(step):  # step: an array, the updates done
-        done = mx.clip((step - warmup) / max(updates - warmup, 1), 0, 1)
+        done = mx.clip((step.astype(mx.float32) - warmup) / max(updates - warmup, 1), 0, 1)  # step is unsigned
         falls = {"cosine": (1 + mx.cos(np.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
         return args.learning_rate * mx.minimum((step + 1) / max(warmup, 1), falls[args.lr_schedule["name"]])
 
