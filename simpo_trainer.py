@@ -357,17 +357,16 @@ class Checkpointed:
 
     def __call__(self, x, mask=None, cache=None, **kwargs):
         held = ConcatenateKVCache() if cache is None else cache
-        offset, layer = held.offset, super().__call__
+        offset, layer, seed = held.offset, super().__call__, np.random.randint(2**31)
 
-        def compute(params, x, keys, values, seed):
+        def compute(params, x, keys, values):
             self.update(params)
-            mx.random.state[0] = mx.stop_gradient(seed)  # the same dropout both times
+            mx.random.seed(seed)  # the same dropout both times
             held.keys, held.values, held.offset = keys, values, offset
             out = layer(x, mask, cache, **kwargs)
             return out, *(k + 0 for k in (held.keys, held.values) if k is not None)
 
-        seed, mx.random.state[0] = mx.random.split(mx.random.state[0])
-        out, *arrays = mx.checkpoint(compute)(self.trainable_parameters(), x, held.keys, held.values, seed)
+        out, *arrays = mx.checkpoint(compute)(self.trainable_parameters(), x, held.keys, held.values)
         held.keys, held.values = arrays or (None, None)
         return out
 
@@ -424,7 +423,7 @@ def make_optimizer(args, updates):
     warmup = args.lr_schedule.get("warmup_steps", updates // 10)
 
     def rate(step):  # step: an array, the updates done
-        done = mx.clip((step - warmup) / max(updates - warmup, 1), 0, 1)
+        done = mx.clip((step.astype(mx.float32) - warmup) / max(updates - warmup, 1), 0, 1)  # step is unsigned
         falls = {"cosine": (1 + mx.cos(np.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
         return args.learning_rate * mx.minimum((step + 1) / max(warmup, 1), falls[args.lr_schedule["name"]])
 
@@ -470,7 +469,8 @@ def train(model, initial, splits, args, objective, stop=()):
         epoch, first = divmod((step - 1) * size, size * per_epoch)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(splits["train"]))  # every pair once an epoch
         batches, sums = [splits["train"][i] for i in order[first : first + size]], mx.zeros_like(params)
-        mx.random.seed(args.seed * 10**6 + step)  # of dropout, so that a resumed run draws the same
+        for seed in (mx.random.seed, np.random.seed):  # of dropout, so that a resumed run draws the same
+            seed((args.seed * 10**6 + step) % 2**32)
         model.train()
         for pairs, shape in batches:
             own = pairs[world.rank() :: world.size()]  # none where a last batch has fewer pairs than processes
@@ -522,8 +522,9 @@ def main():
     folder, first = Path(args.adapter_path), mx.distributed.init().rank() == 0
     if not first:  # the first process speaks for all
         sys.stdout, args.report_to = open(os.devnull, "w"), None
-    if not (CUDA or METAL):
-        mx.disable_compile()  # it calls a C++ compiler, which takes longer than it saves
+    # a CPU compiles longer than it saves; compiled, a checkpoint would drop out the same in every batch
+    if not (CUDA or METAL) or (args.grad_checkpoint and args.lora_parameters.get("dropout")):
+        mx.disable_compile()
     maybe_set_recommended_wired_limit()
     with blame(args.model, "give a model's folder, or its name on the Hugging Face hub"):
         is_name = args.model.count("/") == 1 and args.model[0] not in "./~" and not Path(args.model).exists()
