@@ -166,14 +166,14 @@ def load_pairs(args, tokenizer, source, split, batches=-1):
     """Return the first batches, -1: all, of a file, a folder's SPLIT.jsonl or a hub dataset; print what is left out."""
     path, pairs, shortened, cut = Path(source), [], 0, 0
     path = path / f"{split}.jsonl" if path.is_dir() else path
-    with blame(path, "give a .jsonl file, a folder with train.jsonl, or a hub dataset (pip install datasets)"):
+    with blame(path, "give a .jsonl file, a folder with train.jsonl, or a hub dataset, NAME or NAME:SPLIT"):
         if path.exists() or path.suffix in (".jsonl", ".json", ".csv"):
             rows = path.read_bytes().splitlines()
             need(b"{" in rows[0][:4], "a JSON array, CSV or so, not JSON lines: write one object a line")
         else:
             from datasets import load_dataset
 
-            rows = load_dataset(source, split=split)
+            rows = load_dataset(source.split(":")[0], split=source.split(":")[1] if ":" in source else split)
     for number, row in enumerate(tqdm(rows, f"reading {split}", leave=False, disable=None), 1):
         with blame(f"{path}:{number}", "mend or delete the row"):
             pair = read_pair(json.loads(row) if isinstance(row, bytes) else row, args)
