@@ -169,7 +169,7 @@ def load_pairs(args, tokenizer, source, split, batches=-1):
     with blame(path, "give a .jsonl file, a folder with train.jsonl, or a hub dataset (pip install datasets)"):
         if path.exists() or path.suffix in (".jsonl", ".json", ".csv"):
             rows = path.read_bytes().splitlines()
-            need(rows and rows[0].strip().endswith(b"}"), "empty, JSON array or CSV, not JSON lines: write one object a line")
+            need(rows and rows[0].strip().endswith(b"}"), "empty, array or CSV, no JSON lines: write one object a line")
         else:
             from datasets import load_dataset
 
