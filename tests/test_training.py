@@ -56,10 +56,10 @@ finally:
     print("events", events[0])
 """
 SETTINGS = {  # script, options, options in a YAML file
-    "lora": ("dpo_trainer", "", "{}"),
-    "dora": ("simpo_trainer", "--fine-tune-type dora", "{}"),
-    "full": ("dpo_trainer", "--fine-tune-type full --num-layers 1 --learning-rate 1e-4", "{}"),
-    "accumulation": ("simpo_trainer", "--grad-accumulation-steps 3 --epochs 2", "{}"),
+    "lora": ("dpo_trainer", "", ""),
+    "dora": ("simpo_trainer", "--fine-tune-type dora", ""),
+    "full": ("dpo_trainer", "--fine-tune-type full --num-layers 1 --learning-rate 1e-4", ""),
+    "accumulation": ("simpo_trainer", "--grad-accumulation-steps 3 --epochs 2", ""),
     "dropout": ("dpo_trainer", "--grad-checkpoint", "lora_parameters: {rank: 4, scale: 20.0, dropout: 0.3}"),
 }
 
@@ -87,8 +87,10 @@ def run(place, setting, out, *words, at=0, number=signal.SIGKILL, **given):
 
 
 def contents(folder):
-    """Return the bytes of what a run must end with."""
-    return [(folder / name).read_bytes() for name in ("adapters.safetensors", "checkpoint.safetensors")]
+    """Return the bytes of the arrays that a run must end with, and its facts; their order in a file is chance."""
+    arrays, facts = mx.load(str(folder / "checkpoint.safetensors"), return_metadata=True)
+    adapter = mx.load(str(folder / "adapters.safetensors"))
+    return [{name: (w.shape, bytes(w)) for name, w in found.items()} for found in (arrays, adapter)] + [facts]
 
 
 def records(folder):
@@ -105,16 +107,16 @@ def one_line(shown):
 # ------------------------------------------------------------------------------------------------------- what is written
 
 KINDS = {  # what is trained: the model's own form, the options
+    "4-bit dora": ({"bits": 4}, "--fine-tune-type dora"),
+    "full": ({}, "--fine-tune-type full --num-layers 1"),
+    "bfloat16": ({"dtype": mx.bfloat16}, ""),
     "lora": ({}, ""),
     "dora": ({}, "--fine-tune-type dora"),
-    "full": ({}, "--fine-tune-type full --num-layers 1"),
     "4-bit": ({"bits": 4}, ""),
-    "4-bit dora": ({"bits": 4}, "--fine-tune-type dora"),
-    "bfloat16": ({"dtype": mx.bfloat16}, ""),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, 3))
 @pytest.mark.parametrize("script", few(SCRIPTS, 1))
 def test_an_adapter_gives_in_mlx_lm_what_training_saw(place, monkeypatch, script, kind):
     """Its logits are those of the parameters in the checkpoint, which training held, and not the base model's."""
@@ -242,13 +244,13 @@ def uncut(place):
     return get
 
 
-@pytest.mark.parametrize("kill", few(KILLS, 3))
+@pytest.mark.parametrize("kill", few(KILLS, 2))
 def test_killed_at_any_event_and_resumed_it_ends_as_uncut(place, uncut, kill):
-    """Twice, where the second kill follows the resumption; what has its name is whole at any time."""
+    """Twice but in the first ones, where the second kill follows the resumption; what has its name is always whole."""
     setting, seed = kill.split()
     expected, events = uncut(setting)
-    rng, out = random.Random(f"{setting} {seed}"), place / f"killed-{setting}-{seed}"
-    for at in (rng.randrange(events // 3, events + 1), rng.randrange(1, events // 3)):
+    rng, out = random.Random(kill), place / f"killed-{setting}-{seed}"
+    for at in (rng.randrange(events // 3, events + 1), rng.randrange(1, events // 3))[: 1 + int(seed)]:
         words = ["--resume"] if (out / "checkpoint.safetensors").exists() else []
         assert run(place, setting, out.name, *words, at=at).returncode == -signal.SIGKILL
         for path in out.glob("[!u]*.safetensors"):
@@ -282,7 +284,7 @@ def test_a_run_is_resumed_by_its_folder_alone(place, uncut, tmp_path):
 OTHERS = ["--beta 0.2", "--learning-rate 1e-3", "--seed 1", "--data more.jsonl", "--batch-size 3", "--loss ipo"]
 
 
-@pytest.mark.parametrize("words", few(OTHERS, 2))
+@pytest.mark.parametrize("words", few(OTHERS, 1))
 def test_another_run_is_not_resumed(place, uncut, words):
     expected, _ = uncut("lora")
     write_rows(place / "more.jsonl", make_rows(14))
@@ -291,6 +293,7 @@ def test_another_run_is_not_resumed(place, uncut, words):
     assert contents(place / "uncut-lora") == expected
 
 
+@pytest.mark.slow
 def test_changed_pairs_are_not_resumed_and_a_torn_checkpoint_is_named(place, uncut):
     uncut("lora")
     shutil.copytree(place / "uncut-lora", place / "torn")
@@ -303,6 +306,7 @@ def test_changed_pairs_are_not_resumed_and_a_torn_checkpoint_is_named(place, unc
     assert one_line(run_script(*words, cwd=place)).startswith("torn/checkpoint.safetensors: ")
 
 
+@pytest.mark.slow
 def test_the_earlier_run_moves_aside(place, uncut):
     expected, _ = uncut("lora")
     shutil.copytree(place / "uncut-lora", place / "again")
@@ -332,7 +336,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(place):
     assert one_line(run_script(*words, cwd=place)).endswith(": choose another --adapter-path")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", few(SCRIPTS, 1))
 def test_a_model_of_no_numbers_is_named(place, script):
     """float16 overflows in it."""
     model = save_model(place / "nan", dtype=mx.float16)
@@ -349,10 +353,10 @@ def test_a_run_that_breaks_says_so(place):
     shown = run_script(*words, "hot", "--learning-rate", "0.3", cwd=place)
     assert shown.returncode == 0 and records(place / "hot")[-1]["kl"] > 1
     assert "warning: kl is above 1: answers may be broken: lower --learning-rate" in shown.stdout.splitlines()
-    assert "warning" not in run(place, "lora", "cool", "--learning-rate", "1e-5").stdout
     assert "the loss is not finite" in one_line(run_script(*words, "burnt", "--learning-rate", "1e30", cwd=place))
 
 
+@pytest.mark.slow
 def test_what_is_reported_goes_to_wandb(place):
     """A module of that name, which notes what it is given."""
     (place / "fake").mkdir()
