@@ -166,14 +166,14 @@ def load_pairs(args, tokenizer, source, split, batches=-1):
     """Return the first batches, -1: all, of a file, a folder's SPLIT.jsonl or a hub dataset; print what is left out."""
     path, pairs, shortened, cut = Path(source), [], 0, 0
     path = path / f"{split}.jsonl" if path.is_dir() else path
-    with blame(path, "give a .jsonl file, a folder with train.jsonl, or a hub dataset (pip install datasets)"):
+    with blame(path, "give a .jsonl file, a folder with train.jsonl, or a hub dataset, NAME or NAME:SPLIT"):
         if path.exists() or path.suffix in (".jsonl", ".json", ".csv"):
             rows = path.read_bytes().splitlines()
             need(rows and rows[0].strip().endswith(b"}"), "empty, array or CSV, no JSON lines: write one object a line")
         else:
             from datasets import load_dataset
 
-            rows = load_dataset(source, split=split)
+            rows = load_dataset(source.split(":")[0], split=source.split(":")[1] if ":" in source else split)
     for number, row in enumerate(tqdm(rows, f"reading {split}", leave=False, disable=None), 1):
         with blame(f"{path}:{number}", "mend or delete the row"):
             pair = read_pair(json.loads(row) if isinstance(row, bytes) else row, args)
@@ -482,7 +482,7 @@ def train(model, initial, splits, args, objective, stop=()):
         norm = mx.linalg.norm(mean)
         params = optimizer.apply_gradients({"all": mean * mx.minimum(1, 1 / (norm + 1e-6))}, {"all": params})["all"]
         reports, saves = (step % n == 0 or step == updates for n in (args.steps_per_report, args.save_every))
-        stops = mx.distributed.all_sum(mx.array(len(stop))).item()
+        stops = len(stop) if world.size() == 1 else mx.distributed.all_sum(mx.array(len(stop))).item()
         if reports or saves or stops:
             means = mean_metrics(found) | {"grad_norm": norm.item(), "learning_rate": optimizer.learning_rate.item()}
             if not np.isfinite(means["loss"] + means["grad_norm"]):

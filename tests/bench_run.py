@@ -155,12 +155,16 @@ def main():
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # of a child process
     options = parser.parse_args()
     if options.folder:
+        if options.sides == "files":  # in a process of its own, or what it leaves on a GPU is missing for the others
+            medians = [int(n) for n in options.lengths.split("/")]
+            return write_files(Path(options.folder), options.shape, medians, options.pairs)
         run = {"trl": run_trl, "mlx-lm-lora": run_peer}.get(options.sides)
         path = ROOT / "dpo_trainer.py" if options.sides == "ours" else options.sides
         parts = run(options.folder, options.pairs) if run else run_ours(options.folder, path, options.pairs)
         return Path(options.folder, "parts.json").write_text(json.dumps(parts))
     with tempfile.TemporaryDirectory() as name:
-        write_files(Path(name), options.shape, [int(n) for n in options.lengths.split("/")], options.pairs)
+        words = ["--shape", options.shape, "--lengths", options.lengths, "--pairs", str(options.pairs)]
+        subprocess.run([sys.executable, __file__, "--folder", name, "--sides", "files", *words], check=True)
         print(
             f"{options.shape}, {options.pairs} pairs of {options.lengths}; seconds of a whole first run, and of parts"
         )
