@@ -67,6 +67,7 @@ def parse_args(words=None):
     own |= {f"{name}_feature": name for name in ("prompt", "chosen", "rejected")} | {"adapter_path": "adapters-simpo"}
     parser.set_defaults(**{**lora.CONFIG_DEFAULTS, **own})
     add = parser.add_argument
+    add("--optimizer", choices=("adamw", "adam", "sgd"), help="(default: adamw)")
     add("--loss", choices=SIMPO_LOSSES, default="sigmoid", help="(default: sigmoid)")
     add("--beta", type=float, help="scale of the log-probabilities, 2 to 10 (default: 2; cpo, orpo: 0.1)")
     add("--gamma", type=float, help="margin to win by, absolute, 0.3 to 1.6 (default: 1; cpo, orpo: 0)")
@@ -75,9 +76,8 @@ def parse_args(words=None):
     add("--epochs", type=int, default=1, help="passes over the pairs; --iters counts updates instead (default: 1)")
     add("--resume", action="store_true", help="go on from the checkpoint in --adapter-path, to the bit")
     (args, unknown), config, here = parser.parse_known_args(words), {}, Path(__file__).parent
-    demo = None if args.model else here / "data/demo-simpo.yaml"
-    default = f"{args.adapter_path}/adapter_config.json" if args.resume else demo
-    if file := args.config or default:
+    kept = f"{args.adapter_path}/adapter_config.json" if args.resume else None
+    if file := args.config or kept or (None if args.model else here / "data/demo-simpo.yaml"):
         with blame(file, "it must be a file of options, as data/demo-simpo.yaml"):
             config = lora.yaml.load(Path(file).read_text(encoding="utf-8"), lora.yaml_loader)
             block = {"path": None, **(config.get("hf_dataset") or {})}
@@ -94,9 +94,10 @@ def parse_args(words=None):
         setattr(args, name, str(here / path) if (here / path).exists() and not path.exists() else getattr(args, name))
     with blame("options", "--help lists them all"):
         need(args.model and args.data, "name a model with --model and pairs with --data")
-        counts = "beta batch_size grad_accumulation_steps epochs steps_per_report steps_per_eval save_every"
-        need(all(getattr(args, name) > 0 for name in counts.split()), f"each must be above 0: {counts}")
-        need(args.loss in SIMPO_LOSSES and 0 <= args.label_smoothing < 0.5, "no such loss, or label_smoothing")
+        each = "beta learning_rate batch_size grad_accumulation_steps epochs steps_per_report steps_per_eval save_every"
+        need(all(getattr(args, name) > 0 for name in each.split()), f"each must be above 0: {each}")
+        need(0 <= args.label_smoothing < 0.5 and (args.iters is None or args.iters > 0), "bad label_smoothing or iters")
+        need(args.loss in SIMPO_LOSSES and args.fine_tune_type in ("lora", "dora", "full"), "no such loss or type")
         make_optimizer(args, updates=1)
     return args
 
@@ -114,8 +115,7 @@ def read_pair(row, args):
     prompt = to_messages(row.get("messages", []) if prompt is None else prompt, "user")
     if chosen is None and "messages" in row:
         prompt, chosen = prompt[:-1], prompt[-1:]
-    advice = "name yours in a config: hf_dataset: {prompt_feature: ..., chosen_feature: ..., rejected_feature: ...}"
-    need(chosen and rejected, f"no chosen and rejected among its columns {', '.join(row)}: {advice}")
+    need(chosen and rejected, f"no chosen and rejected among {', '.join(row)}: set hf_dataset: {{chosen_feature: ...}}")
     sides = [to_messages(side, "assistant") for side in (chosen, rejected)]
     (*prompt, chosen), (*other, rejected) = (side if side[: len(prompt)] == prompt else prompt + side for side in sides)
     turns = prompt == other and [turn["role"] for turn in (*prompt[-1:], chosen, rejected)]
@@ -124,9 +124,8 @@ def read_pair(row, args):
     need(not row.get("tools"), "rows with tools are not trained on")
     weight = 1.0 if row.get("weight") is None else float(row["weight"])
     need(0 <= weight < np.inf, "weight must be a number from 0 up")
-    if row.get("system") and prompt[0]["role"] != "system":
-        prompt = to_messages(row["system"], "system") + prompt
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "weight": weight}
+    system = to_messages(row["system"], "system") if row.get("system") and prompt[0]["role"] != "system" else []
+    return {"prompt": system + prompt, "chosen": chosen, "rejected": rejected, "weight": weight}
 
 
 def to_messages(value, role):
@@ -138,26 +137,27 @@ def to_messages(value, role):
             content = "".join(part["text"] for part in content)
         plain = isinstance(content, str) and turn.get("role") in roles and not turn.get("tool_calls")
         need(plain, f"a message must be a text by {', '.join(roles)}: others, and tool calls, are not trained on")
-        found.append({**{key: part for key, part in turn.items() if part is not None}, "content": content})
+        thoughts = {name: turn[name] for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)}
+        found.append({"role": turn["role"], "content": content, **thoughts})
     return found
 
 
 PLAIN = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"  # for base models
+DATE = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"  # a template's date, always the same
 
 
 def encode_pair(tokenizer, prompt, chosen, rejected):
     """Return the token ids of prompt, chosen and rejected, and how many answers the template leaves a part of out."""
-    fixed = {"tokenize": False} if tokenizer.has_chat_template else {"tokenize": False, "chat_template": PLAIN}
-    fixed["strftime_now"] = lambda form: time.strftime(form, time.gmtime(1.72e9))  # a template's date: always the same
+    template = tokenizer.chat_template if tokenizer.has_chat_template else PLAIN  # no text where mlx-lm has a function
+    fixed = {"tokenize": False, **({"chat_template": DATE + template} if isinstance(template, str) else {})}
     rows = ([*prompt], [*prompt, chosen], [*prompt, rejected])
     texts = [tokenizer.apply_chat_template(row, add_generation_prompt=row is rows[0], **fixed) for row in rows]
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     bos = tokenizer.encode("")[:1]  # once, whether the template writes it or the tokenizer
-    if bos == [tokenizer.bos_token_id] != ids[0][:1]:
-        ids = [bos + row for row in ids]
+    ids = [bos + row for row in ids] if bos == [tokenizer.bos_token_id] != ids[0][:1] else ids
     shared = len(os.path.commonprefix(ids))  # where a template writes the prompt's end anew, that is the answers'
     need(shared, "the prompt has no token to start from")
-    parts = [[part.strip() for part in answer.values() if isinstance(part, str)] for answer in (chosen, rejected)]
+    parts = [[part.strip() for name, part in side.items() if name != "role"] for side in (chosen, rejected)]
     cut = sum(not all(part in text for part in answer) for answer, text in zip(parts, texts[1:]))
     return ids[0][:shared], ids[1][shared:], ids[2][shared:], cut
 
@@ -169,7 +169,7 @@ def load_pairs(args, tokenizer, source, split, batches=-1):
     with blame(path, "give a .jsonl file, a folder with train.jsonl, or a hub dataset, NAME or NAME:SPLIT"):
         if path.exists() or path.suffix in (".jsonl", ".json", ".csv"):
             rows = path.read_bytes().splitlines()
-            need(b"{" in rows[0][:4], "a JSON array, CSV or so, not JSON lines: write one object a line")
+            need(rows and rows[0].strip().endswith(b"}"), "empty, array or CSV, no JSON lines: write one object a line")
         else:
             from datasets import load_dataset
 
@@ -190,7 +190,6 @@ def load_pairs(args, tokenizer, source, split, batches=-1):
     print(f"{split}: {len(pairs)} of {len(rows)} pairs (others: too long, equal answers), {shortened} less old turns")
     if cut:
         print(f"warning: the chat template leaves a part of {cut} answers out, as thoughts: it is not trained on")
-    need(pairs, f"{path}: no pair is left: raise --max-seq-length, or bring other data")
     return pairs[: batches * args.batch_size if batches > 0 else None]
 
 
@@ -251,8 +250,7 @@ def make_batch(pairs, shape):
     pad = lambda lists, width: mx.array([values + [0] * (width - len(values)) for values in lists])
     batch = {"rows": pad(rows, R + 1), "mask": pad(masks, R), "lengths": mx.array(before * 2)}
     batch["prompts"] = pad([pair["prompt"][:i] for pair, i in zip(pairs, before)], P)
-    known = [name for name in ("weight", "ref_logps") if name in pairs[0]]
-    return batch | {name: mx.array([pair[name] for pair in pairs]) for name in known}
+    return batch | {name: mx.array([p[name] for p in pairs]) for name in ("weight", "ref_logps") if name in pairs[0]}
 
 
 LOG_SOFTMAX = """  // 32 threads, a simdgroup, take a row of V logits
@@ -448,12 +446,13 @@ def train(model, initial, splits, args, objective, stop=()):
             arrays, facts = mx.load(str(checkpoint), return_metadata=True)
             need(facts["run"] == run, "it is of other options or pairs")
             (params, optimizer.state), done = tree_unflatten([*arrays.items()]), int(facts["step"])
-    callback = lora.get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
+    with blame("--report-to", "mend that, or report to none"):
+        callback = lora.get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
 
     def report(step, split, metrics):
         shown = [f"{name} {metrics[name]:.4g}" for name in metrics if not name.endswith(("/chosen", "/rejected"))]
         tqdm.write(f"step {step} {split}: {'  '.join(shown)}")
-        with open(os.devnull if world.rank() else folder / "metrics.jsonl", "a") as file:
+        with blame(folder, "make room"), open(os.devnull if world.rank() else folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
         if callback:
             callback.on_train_loss_report({"iteration": step, **{f"{split}/{key}": metrics[key] for key in metrics}})
@@ -548,7 +547,8 @@ def main():
                 print("The earlier run is now in", folder.rename(f"{folder}-{time.strftime('%y%m%d-%H%M%S')}"))
             folder.mkdir(parents=True, exist_ok=True)
             lora.save_config(dict(vars(args)), folder / "adapter_config.json")
-    with blame(args.model, "it cannot be trained with these options"):
+    with blame(f"{args.model}, {args.data}", "no training with these options"):
+        need(all(splits.values()), "no pair is left to train on, or to measure")
         share = can_share(model, sum(splits.values(), []))
         splits = {name: sorted_batches(pairs, args.batch_size, share) for name, pairs in splits.items()}
         initial = trainable_parameters(model, args)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx_lm.tuner.callbacks
 import pytest
 import yaml
-from conftest import ROOT, make_rows, run_script, save_model, write_rows
+from conftest import ROOT, few, make_rows, run_script, save_model, write_rows
 from mlx_lm import lora
 
 CONFIGS = ROOT / "tests" / "configs"
@@ -88,7 +88,7 @@ def outcome(script, words, before=()):
         finally:
             for number, handler in zip(numbers, handlers):
                 signal.signal(number, handler)
-    rows = [json.loads(line) for file in Path().glob("out*/metrics.jsonl") for line in file.open()]
+    rows = [json.loads(line) for file in sorted(Path().glob("out*/metrics.jsonl")) for line in file.open()]
     [row.pop("peak_memory_gb", None) for row in rows]
     weights = {str(file): file.read_bytes() for file in Path().glob("out*/adapters.safetensors")}
     return seen | {"rows": rows, "weights": weights}
@@ -132,7 +132,7 @@ SHOWN_DPO = SHOWN | {
 }
 SHOWN_SIMPO = SHOWN | {"--gamma": ([], ["--gamma", "0.5"]), "--sft-weight": ([], ["--sft-weight", "0.5"])}
 ALREADY_SO = {"--train", "--mask-prompt"}  # a command of mlx_lm.lora's says so; here it is never otherwise
-TOLD_ELSEWHERE = {"--resume", "--clear-cache-threshold", "--help"}
+TOLD_ELSEWHERE = {"--resume", "--help", "--clear-cache-threshold"}
 CASES = [("dpo_trainer", name) for name in SHOWN_DPO]
 CASES += [("simpo_trainer", name) for name in ("--loss", "--beta", "--label-smoothing", "--gamma", "--sft-weight")]
 CASES += [pytest.param("simpo_trainer", name, marks=pytest.mark.slow) for name in SHOWN]
@@ -174,7 +174,7 @@ def test_what_is_always_so_changes_nothing(here):
 
 def test_resume_goes_on(here):
     first = outcome("dpo_trainer", ["--iters", "6"], before=["--iters", "3"])
-    assert [row["step"] for row in first["rows"] if row["split"] == "train"] == [6]
+    assert [row["step"] for row in first["rows"] if row["split"] == "train"] == [6, 3]  # the earlier one moved aside
     gone_on = outcome("dpo_trainer", ["--iters", "6", "--resume"], before=["--iters", "3"])
     assert [row["step"] for row in gone_on["rows"] if row["split"] == "train"] == [3, 6]
 
@@ -275,10 +275,12 @@ WRONG = {  # words: what the one line says
     "--config broken.yaml": "broken.yaml",
     "--config list.yaml": "list.yaml",
     "--config missing.yaml": "missing.yaml",
-    "--config loss.yaml": "loss",
-    "--config text.yaml": "batch_size",
+    "--config loss.yaml": "no such loss",
+    "--config text.yaml": "save-every",
+    "--config type.yaml": "no such loss or type",
+    "--config optimizer.yaml": "muon",
     "--config schedule.yaml": "wavy",
-    "--config rank.yaml": "rank",
+    "--config rank.yaml": "training with these options",
     "--beta many": "--beta",
     "--loss dpo": "sigmoid",
     "--beta 0": "above 0",
@@ -293,14 +295,12 @@ WRONG = {  # words: what the one line says
     "--optimizer muon": "adamw",
     "--optimizer adafactor": "adamw",
     "--fine-tune-type qlora": "lora",
-    "--num-layers 9": "layers",
-    "--num-layers 0": "num_layers",
-    "--clear-cache-threshold 1GB": "clear_cache_threshold",
     "--report-to paper": "paper",
+    "--report-to swanlab": "swanlab is not installed",
     "--model missing/folder/x": "config.json",
     "--model data": "config.json",
     "--data missing.jsonl": "missing.jsonl",
-    "--max-seq-length 3": "max-seq-length",
+    "--max-seq-length 3": "no pair is left to train on",
     "--resume --adapter-path nothing": "nothing",
     "--resume-adapter-file nothing.safetensors": "nothing",
     "--seed -1": "seed",
@@ -310,7 +310,9 @@ FILES = {
     "broken.yaml": "beta: [1",
     "list.yaml": "- beta",
     "loss.yaml": "loss: dpo",
-    "text.yaml": "batch_size: four",
+    "type.yaml": "fine_tune_type: qlora",
+    "optimizer.yaml": "optimizer: muon",
+    "text.yaml": "save_every: four",
     "schedule.yaml": "lr_schedule: {name: wavy}",
     "rank.yaml": "lora_parameters: {rank: eight, scale: 20.0, dropout: 0.0}",
 }
@@ -322,6 +324,7 @@ def refused(place, script, words):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", [script, *RUN, *words])
+        [shutil.rmtree(old) for old in Path().glob("out*")]
         module.main()
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
         signal.signal(number, handler)
@@ -329,7 +332,7 @@ def refused(place, script, words):
     return ended.value.code
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", few(SCRIPTS, 1))
 @pytest.mark.parametrize("words", WRONG)
 def test_a_wrong_value_is_refused_in_one_line(here, words, script):
     for name, text in FILES.items():
@@ -346,6 +349,5 @@ def test_it_is_on_stderr_with_exit_status_1(here, script, words):
 
 def test_nothing_to_train_and_nothing_to_train_on_are_named(here):
     assert "--data" in str(pytest.raises(SystemExit, parse, "--model", "tiny").value)
-    (here / "empty.yaml").write_text("")
-    args = pytest.raises(SystemExit, parse, "--config", "empty.yaml")
-    assert "--model" in str(args.value)
+    (here / "data.yaml").write_text("data: data")
+    assert "--model" in str(pytest.raises(SystemExit, parse, "--config", "data.yaml").value)
