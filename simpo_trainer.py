@@ -372,8 +372,7 @@ class Checkpointed:
 def install(params, model):
     """Return the model with the vector's values in its trainable parameters, in the dtypes that these have."""
     trained = tree_flatten(model.trainable_parameters())
-    dtype = max((w.dtype for _, w in trained), key=lambda dtype: dtype.size)  # once for all, where all have the same
-    parts = mx.split(params.astype(dtype), np.cumsum([w.size for _, w in trained])[:-1].tolist())
+    parts = mx.split(params, np.cumsum([w.size for _, w in trained])[:-1].tolist())
     new = [(name, part.reshape(w.shape).astype(w.dtype)) for (name, w), part in zip(trained, parts)]
     return model.update(tree_unflatten(new))
 
@@ -457,11 +456,15 @@ def train(model, initial, splits, args, objective, stop=()):
         if callback:
             callback.on_train_loss_report({"iteration": step, **{f"{split}/{key}": metrics[key] for key in metrics}})
 
-    def batch_loss(params, batch):
-        metrics = objective(answer_logps(install(params, model), batch)[0], batch, args)
+    def batch_loss(batch):
+        metrics = objective(answer_logps(model, batch)[0], batch, args)
         return metrics["loss"].sum(), metrics
 
-    gradient = mx.compile(mx.value_and_grad(batch_loss), inputs=mx.random.state, outputs=mx.random.state)
+    def batch_gradient(params, batch):  # by its arrays, then joined: a gradient through mx.split would add vectors up
+        (_, metrics), gradients = nn.value_and_grad(install(params, model), batch_loss)(batch)
+        return metrics, mx.concatenate([w.flatten() for _, w in tree_flatten(gradients)]).astype(mx.float32)
+
+    gradient = mx.compile(batch_gradient, inputs=mx.random.state, outputs=mx.random.state)
     for step in tqdm(range(done + 1, updates + 1), "training", updates, initial=done, leave=False, disable=None):
         if (step - 1) % args.steps_per_eval == 0:
             report(step - 1, "valid", evaluate(model, params, initial, splits["valid"], args, objective))
@@ -473,7 +476,7 @@ def train(model, initial, splits, args, objective, stop=()):
         model.train()
         for pairs, shape in batches:
             own = pairs[world.rank() :: world.size()]  # none where a last batch has fewer pairs than processes
-            (_, metrics), gradients = gradient(params, make_batch(own or [{**pairs[0], "weight": 0.0}], shape))
+            metrics, gradients = gradient(params, make_batch(own or [{**pairs[0], "weight": 0.0}], shape))
             sums = sums + gradients
             mx.async_eval(sums, metrics)
             mx.eval(found[-1:])  # one batch is computed while the host prepares the next, not more
@@ -496,9 +499,8 @@ def train(model, initial, splits, args, objective, stop=()):
             sys.exit(f"interrupted, saved at step {step} of {updates}: go on with the same command and --resume")
     for name in [*splits][1:]:
         report(updates, name, now := evaluate(model, params, initial, splits[name], args, objective))
-        won, kl = now["rewards/accuracies"], now["kl"]
-        print(f"{name}: the chosen answer wins in {won:.1%} of the pairs, at a kl of {kl:.3f} nats a token")
-        if kl > 1:
+        print(f"{name}: the better answer wins in {now['rewards/accuracies']:.1%} of the pairs; kl {now['kl']:.3f}")
+        if now["kl"] > 1:
             print("warning: kl is above 1: answers may be broken: lower --learning-rate")
     return params
 
