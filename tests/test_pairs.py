@@ -206,13 +206,15 @@ def test_a_hub_dataset_is_loaded_by_its_split(monkeypatch, tokenizer):
     hub.load_dataset = lambda path, split: asked.append((path, split)) or [FORMS["texts"], FORMS["whole conversations"]]
     pairs = load_pairs(options(), tokenizer, "org/pairs", "train")
     assert asked == [("org/pairs", "train")] and pairs[0]["chosen"] == pairs[1]["chosen"] and len(pairs) == 2
+    load_pairs(options(), tokenizer, "org/pairs:train_prefs", "train")
+    assert asked[1:] == [("org/pairs", "train_prefs")]
     hub.load_dataset = lambda path, split: [FORMS["texts"], {"text": "Q"}]
     assert refusal("org/pairs", tokenizer).startswith("org/pairs:2: no chosen and rejected among text: ")
 
 
 def test_without_the_package_it_is_named(monkeypatch, tokenizer):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refusal("org/pairs", tokenizer)
+    assert "datasets" in refusal("org/pairs", tokenizer)
 
 
 def test_no_more_batches_are_read_than_asked_for(tmp_path, tokenizer):

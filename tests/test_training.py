@@ -141,9 +141,13 @@ def test_an_adapter_gives_in_mlx_lm_what_training_saw(place, monkeypatch, script
     assert near <= (1e-4 if given.get("dtype") is None else 0.05) and far > max(0.01, 3 * near), (near, far)
 
 
-@pytest.mark.parametrize("script", few(SCRIPTS, 1))
-def test_the_demo(tmp_path, script):
-    """The first command of the README, from another folder: the bundled files are found beside the script."""
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_demo(tmp_path, script, monkeypatch):
+    """The first command of the README, from another folder: the bundled files are found beside the script.
+
+    Of the greedy answers to the 100 held-out prompts 29 are helpful before it.
+    """
     shown = run_script("--data", "data/pairs.jsonl", script=f"{script}.py", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     [folder] = tmp_path.iterdir()
@@ -152,13 +156,15 @@ def test_the_demo(tmp_path, script):
     assert last["rewards/accuracies"] >= (0.95 if script == "dpo_trainer" else 0.9), last
     assert 0 < last["kl"] < (0.05 if script == "dpo_trainer" else 1), last
     assert script != "dpo_trainer" or abs(first["loss"] - 0.6931) < 1e-3
-    words = shown.stdout.splitlines()[-1].removeprefix("Next: ").split()
-    command = [sys.executable, "-m", *words, "--prompt", "Where is the inn?", "--temp", "0"]
-    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.split("==========")[1]
-    assert len(answer.split()) > 3
+    monkeypatch.syspath_prepend(ROOT / "data")
+    import make_tiny_chat as world
 
-
-test_the_demo = pytest.mark.slow(test_the_demo)
+    words = shown.stdout.splitlines()[-1].removeprefix("Next: mlx_lm.generate --model ").split(" --adapter-path ")
+    model, tokenizer = mlx_lm.load(words[0], adapter_path=str(tmp_path / words[1]))
+    rows = [json.loads(line) for line in (ROOT / "data" / "test.jsonl").read_text().splitlines()]
+    prompts = [tokenizer.apply_chat_template(world.prompt_messages(row), add_generation_prompt=True) for row in rows]
+    texts = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=80).texts
+    assert Counter(map(world.manner, texts))["helpful"] >= 90
 
 
 # ------------------------------------------------------------------------------------------------------------ the pairs
