@@ -7,10 +7,9 @@ import sys
 import types
 
 import pytest
-from conftest import CHATML, ROOT, SPECIAL, few, make_rows, run_script, save_model, save_tokenizer, write_rows
+from conftest import CHATML, ROOT, SPECIAL, few, make_rows, run_script, save_tokenizer, write_rows
 from mlx_lm.utils import load_tokenizer
 
-import dpo_trainer
 from dpo_trainer import encode_pair, load_pairs, parse_args, read_pair
 
 USER, ASSISTANT = ({"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "A")))
@@ -160,13 +159,6 @@ def test_a_missing_file_or_folder_is_named(tmp_path, tokenizer):
         assert str(tmp_path / name) in refusal(tmp_path / name, tokenizer)
 
 
-def test_the_scripts_say_it_on_stderr(tiny, tmp_path):
-    file = write_rows(tmp_path / "pairs.jsonl", [FORMS["texts"], {"prompt": "Q", "chosen": "A"}])
-    shown = run_script("--model", tiny, "--data", file, script="simpo_trainer.py", cwd=tmp_path)
-    lines = [line for line in shown.stderr.splitlines() if "PyTorch" not in line and line.strip()]
-    assert shown.returncode == 1 and len(lines) == 1 and lines[0].startswith(f"{file}:2: "), shown
-
-
 def mutated(line, rng):
     """Return a line with something of it changed as bytes, or a value of its object as JSON."""
     if rng.random() < 0.5:
@@ -206,13 +198,12 @@ def test_a_hub_dataset_is_loaded_by_its_split(monkeypatch, tokenizer):
     hub.load_dataset = lambda path, split: asked.append((path, split)) or [FORMS["texts"], FORMS["whole conversations"]]
     pairs = load_pairs(options(), tokenizer, "org/pairs", "train")
     assert asked == [("org/pairs", "train")] and pairs[0]["chosen"] == pairs[1]["chosen"] and len(pairs) == 2
+    load_pairs(options(), tokenizer, "org/pairs:train_prefs", "train")
+    assert asked[1:] == [("org/pairs", "train_prefs")]
     hub.load_dataset = lambda path, split: [FORMS["texts"], {"text": "Q"}]
     assert refusal("org/pairs", tokenizer).startswith("org/pairs:2: no chosen and rejected among text: ")
-
-
-def test_without_the_package_it_is_named(monkeypatch, tokenizer):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install datasets" in refusal("org/pairs", tokenizer)
+    monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
+    assert "datasets" in refusal("org/pairs", tokenizer)
 
 
 def test_no_more_batches_are_read_than_asked_for(tmp_path, tokenizer):
@@ -340,7 +331,7 @@ def test_answers_that_the_template_makes_equal_are_left_out_and_counted(tmp_path
     assert "train: 1 of 2 pairs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rows", few([make_rows(1), [FORMS["texts"]] * 5], 2))
+@pytest.mark.parametrize("rows", few([[FORMS["texts"]] * 5, make_rows(1)], 1))
 def test_too_few_pairs_to_hold_some_out_is_said(tiny, tmp_path, rows):
     """All rows have one prompt, which must not be on both sides."""
     write_rows(tmp_path / "pairs.jsonl", rows)
@@ -375,8 +366,6 @@ def test_the_bundled_pairs_are_what_their_script_writes(world):
 def test_no_bundled_test_prompt_is_in_any_training(world):
     test, pairs, corpus = bundled("test.jsonl"), bundled("pairs.jsonl"), world.make_corpus(0)
     world.check_held_out(test, pairs, corpus)
-    with pytest.raises(AssertionError, match="seen in training"):
-        world.check_held_out(pairs[:1], pairs, [])
 
 
 def test_length_does_not_tell_the_bundled_answers_apart(world):

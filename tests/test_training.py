@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import ROOT, few, make_rows, restore_swiglu, run_script, save_model, write_rows
+from conftest import ROOT, few, make_rows, run_script, save_model, write_rows
 
 import dpo_trainer
 
@@ -104,7 +103,7 @@ def one_line(shown):
     return lines[0]
 
 
-# ------------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------------ what is written
 
 KINDS = {  # what is trained: the model's own form, the options
     "4-bit dora": ({"bits": 4}, "--fine-tune-type dora"),
@@ -116,7 +115,7 @@ KINDS = {  # what is trained: the model's own form, the options
 }
 
 
-@pytest.mark.parametrize("kind", few(KINDS, 3))
+@pytest.mark.parametrize("kind", few(KINDS, 2))
 @pytest.mark.parametrize("script", few(SCRIPTS, 1))
 def test_an_adapter_gives_in_mlx_lm_what_training_saw(place, monkeypatch, script, kind):
     """Its logits are those of the parameters in the checkpoint, which training held, and not the base model's."""
@@ -141,9 +140,13 @@ def test_an_adapter_gives_in_mlx_lm_what_training_saw(place, monkeypatch, script
     assert near <= (1e-4 if given.get("dtype") is None else 0.05) and far > max(0.01, 3 * near), (near, far)
 
 
-@pytest.mark.parametrize("script", few(SCRIPTS, 1))
-def test_the_demo(tmp_path, script):
-    """The first command of the README, from another folder: the bundled files are found beside the script."""
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_demo(tmp_path, script, monkeypatch):
+    """The first command of the README, from another folder: the bundled files are found beside the script.
+
+    Of the greedy answers to the 100 held-out prompts 29 are helpful before it.
+    """
     shown = run_script("--data", "data/pairs.jsonl", script=f"{script}.py", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     [folder] = tmp_path.iterdir()
@@ -152,13 +155,15 @@ def test_the_demo(tmp_path, script):
     assert last["rewards/accuracies"] >= (0.95 if script == "dpo_trainer" else 0.9), last
     assert 0 < last["kl"] < (0.05 if script == "dpo_trainer" else 1), last
     assert script != "dpo_trainer" or abs(first["loss"] - 0.6931) < 1e-3
-    words = shown.stdout.splitlines()[-1].removeprefix("Next: ").split()
-    command = [sys.executable, "-m", *words, "--prompt", "Where is the inn?", "--temp", "0"]
-    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.split("==========")[1]
-    assert len(answer.split()) > 3
+    monkeypatch.syspath_prepend(ROOT / "data")
+    import make_tiny_chat as world
 
-
-test_the_demo = pytest.mark.slow(test_the_demo)
+    words = shown.stdout.splitlines()[-1].removeprefix("Next: mlx_lm.generate --model ").split(" --adapter-path ")
+    model, tokenizer = mlx_lm.load(words[0], adapter_path=str(tmp_path / words[1]))
+    rows = [json.loads(line) for line in (ROOT / "data" / "test.jsonl").read_text().splitlines()]
+    prompts = [tokenizer.apply_chat_template(world.prompt_messages(row), add_generation_prompt=True) for row in rows]
+    texts = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=80).texts
+    assert Counter(map(world.manner, texts))["helpful"] >= 90
 
 
 # ------------------------------------------------------------------------------------------------------------ the pairs
@@ -244,7 +249,7 @@ def uncut(place):
     return get
 
 
-@pytest.mark.parametrize("kill", few(KILLS, 2))
+@pytest.mark.parametrize("kill", few(KILLS, 1))
 def test_killed_at_any_event_and_resumed_it_ends_as_uncut(place, uncut, kill):
     """Twice but in the first ones, where the second kill follows the resumption; what has its name is always whole."""
     setting, seed = kill.split()
@@ -316,12 +321,12 @@ def test_the_earlier_run_moves_aside(place, uncut):
     assert contents(moved[0]) == contents(place / "again") == expected
 
 
-# ----------------------------------------------------------------------------------------------------------- how it fails
+# --------------------------------------------------------------------------------------------------------- how it fails
 
 
 @pytest.mark.parametrize("at", few([16_000, 60_000, 0], 1))
 def test_a_full_disk_is_one_line_and_what_was_saved_is_whole(place, uncut, at):
-    """No file may pass a size: that of the adapter, of the checkpoint, of the options."""
+    """No file may pass a size: below that of the adapter, the checkpoint, the options."""
     uncut("lora")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (at, at))
     found = one_line(run(place, "lora", f"full-{at}", preexec_fn=limit))
@@ -373,31 +378,25 @@ def test_what_is_reported_goes_to_wandb(place):
     assert {"iteration", "valid/loss", "valid/kl"} <= {*logged[0]} and "train/rewards/accuracies" in logged[1]
 
 
-def test_dropout_is_the_same_when_a_checkpoint_computes_it_again(tiny, monkeypatch):
-    """The gradient through checkpointed layers is that of layers which keep everything, by the same masks."""
-    mx.disable_compile()
-
-    class Seeded:
-        def __call__(self, *given, **named):
-            mx.random.seed(dpo_trainer.np.random.randint(2**31))
-            return super().__call__(*given, **named)
-
-    found = []
+def test_dropout_is_the_same_when_a_checkpoint_computes_it_again(tiny):
+    """Along the gradient the loss rises as steeply as the gradient says, the masks being drawn alike each time."""
+    args = dpo_trainer.parse_args(["--model", str(tiny), "--data", "d", "--grad-checkpoint"])
+    args.lora_parameters = {"rank": 4, "scale": 20.0, "dropout": 0.4}
+    model = mlx_lm.load(str(tiny))[0]
+    params = dpo_trainer.trainable_parameters(model, args)
+    params = params + 0.05 * mx.random.normal(params.shape, key=mx.random.key(3))
     pair = {"prompt": [*range(7, 40)], "chosen": [*range(50, 60)], "rejected": [*range(60, 66)], "weight": 1.0}
-    for words in ([], ["--grad-checkpoint"]):
-        args = dpo_trainer.parse_args(["--model", str(tiny), "--data", "d", *words])
-        args.lora_parameters = {"rank": 4, "scale": 20.0, "dropout": 0.4}
-        model = mlx_lm.load(str(tiny))[0]
-        params = dpo_trainer.trainable_parameters(model, args)
-        params = params + 0.05 * mx.random.normal(params.shape, key=mx.random.key(3))
-        for layer in model.layers if not words else []:
-            layer.__class__ = type("Seeded", (Seeded, type(layer)), {})
-        batch = dpo_trainer.make_batch([pair], (64, 32))
-        model.train()
+    batch = dpo_trainer.make_batch([pair], (64, 32))
+    model.train()
+
+    def loss(vector):
+        mx.random.seed(1)
         dpo_trainer.np.random.seed(1)
-        loss = lambda vector: dpo_trainer.answer_logps(dpo_trainer.install(vector, model), batch)[0].sum()
-        found.append(mx.value_and_grad(loss)(params))
-        restore_swiglu()
-    (one, ours), (two, theirs) = found
-    assert one.item() == pytest.approx(two.item()) and mx.abs(ours).max().item() > 10
-    assert mx.abs(ours - theirs).max().item() < 1e-3
+        return dpo_trainer.answer_logps(dpo_trainer.install(vector, model), batch)[0].sum()
+
+    gradient = mx.grad(loss)(params)
+    slope = mx.linalg.norm(gradient).item()
+    step = 1e-3 * gradient / slope
+    assert slope > 10 and loss(params).item() != dpo_trainer.answer_logps(model.eval(), batch)[0].sum().item()
+    model.train()
+    assert (loss(params + step) - loss(params - step)).item() / 2e-3 == pytest.approx(slope, rel=0.02)
