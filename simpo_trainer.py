@@ -342,7 +342,7 @@ def trainable_parameters(model, args):
         if hasattr(home, "swiglu"):
             home.swiglu = mx.checkpoint(lambda gate, x: nn.silu(gate) * x)
     for layer in model.layers if args.grad_checkpoint else []:
-        layer.__class__ = type("Checkpointed", (Checkpointed, type(layer)), {})
+        layer.__class__ = type("Checkpointed", (Checkpointed, type(layer)), {"plain": type(layer).__call__})
     trained = dict(tree_flatten(model.trainable_parameters()))
     need(trained and mx.uint32 not in {w.dtype for w in trained.values()}, "there is nothing in it to train so")
     saved = mx.load(args.resume_adapter_file) if args.resume_adapter_file else trained
@@ -353,27 +353,30 @@ def trainable_parameters(model, args):
 class Checkpointed:
     """Mixed into a model's layers, keeps their inputs only, a prompt's keys among them, and computes the rest twice."""
 
-    def __call__(self, x, mask=None, cache=None, **kwargs):
-        held = ConcatenateKVCache() if cache is None else cache
-        offset, layer, seed = held.offset, super().__call__, np.random.randint(2**31)
+    def __call__(self, *args, **kwargs):
+        given = dict(zip(self.plain.__code__.co_varnames[1:], args)) | kwargs  # by name: each family has its own order
+        masks = {name: value for name, value in given.items() if "mask" in name}  # fast attention has no gradient of it
+        held = getattr(given.get("cache"), "__dict__", {})  # the prompt's keys, values and offset
 
-        def compute(params, x, keys, values):
+        def compute(params, given, before, seed):
             self.update(params)
-            mx.random.seed(seed)  # the same dropout both times
-            held.keys, held.values, held.offset = keys, values, offset
-            out = layer(x, mask, cache, **kwargs)
-            return out, *(k + 0 for k in (held.keys, held.values) if k is not None)
+            mx.random.state[0][:] = mx.stop_gradient(seed)  # the same dropout both times
+            held.update(before)
+            # + 0: an output that is one of the inputs as it was would have a wrong gradient
+            return self.plain(**given | masks), {name: x if x is None else x + 0 for name, x in held.items()}
 
-        out, *arrays = mx.checkpoint(compute)(self.trainable_parameters(), x, held.keys, held.values)
-        held.keys, held.values = arrays or (None, None)
+        seed, mx.random.state[0][:] = mx.random.split(mx.random.state[0])
+        out, after = mx.checkpoint(compute)(self.trainable_parameters(), given, {**held}, seed)
+        held.update(after)
         return out
 
 
 def install(params, model):
     """Return the model with the vector's values in its trainable parameters, in the dtypes that these have."""
     trained = tree_flatten(model.trainable_parameters())
-    parts = mx.split(params, np.cumsum([w.size for _, w in trained])[:-1].tolist())
-    new = [(name, part.reshape(w.shape).astype(w.dtype)) for (name, w), part in zip(trained, parts)]
+    split = mx.custom_function(lambda params: mx.split(params, np.cumsum([w.size for _, w in trained])[:-1].tolist()))
+    split.vjp(lambda _, gradients, parts: mx.concatenate(gradients))  # mx.split's pads each part's to the whole length
+    new = [(name, part.reshape(w.shape).astype(w.dtype)) for (name, w), part in zip(trained, split(params))]
     return model.update(tree_unflatten(new))
 
 
@@ -456,27 +459,22 @@ def train(model, initial, splits, args, objective, stop=()):
         if callback:
             callback.on_train_loss_report({"iteration": step, **{f"{split}/{key}": metrics[key] for key in metrics}})
 
-    def batch_loss(batch):
-        metrics = objective(answer_logps(model, batch)[0], batch, args)
+    def batch_loss(params, batch):
+        metrics = objective(answer_logps(install(params, model), batch)[0], batch, args)
         return metrics["loss"].sum(), metrics
 
-    def batch_gradient(params, batch):  # by its arrays, then joined: a gradient through mx.split would add vectors up
-        (_, metrics), gradients = nn.value_and_grad(install(params, model), batch_loss)(batch)
-        return metrics, mx.concatenate([w.flatten() for _, w in tree_flatten(gradients)]).astype(mx.float32)
-
-    gradient = mx.compile(batch_gradient, inputs=mx.random.state, outputs=mx.random.state)
+    gradient = mx.compile(mx.value_and_grad(batch_loss), inputs=mx.random.state, outputs=mx.random.state)
     for step in tqdm(range(done + 1, updates + 1), "training", updates, initial=done, leave=False, disable=None):
         if (step - 1) % args.steps_per_eval == 0:
             report(step - 1, "valid", evaluate(model, params, initial, splits["valid"], args, objective))
         epoch, first = divmod((step - 1) * size, size * per_epoch)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(splits["train"]))  # every pair once an epoch
         batches, sums = [splits["train"][i] for i in order[first : first + size]], mx.zeros_like(params)
-        for seed in (mx.random.seed, np.random.seed):  # of dropout, so that a resumed run draws the same
-            seed((args.seed * 10**6 + step) % 2**32)
+        mx.random.seed(args.seed * 10**6 + step)  # of dropout, so that a resumed run draws the same
         model.train()
         for pairs, shape in batches:
             own = pairs[world.rank() :: world.size()]  # none where a last batch has fewer pairs than processes
-            metrics, gradients = gradient(params, make_batch(own or [{**pairs[0], "weight": 0.0}], shape))
+            (_, metrics), gradients = gradient(params, make_batch(own or [{**pairs[0], "weight": 0.0}], shape))
             sums = sums + gradients
             mx.async_eval(sums, metrics)
             mx.eval(found[-1:])  # one batch is computed while the host prepares the next, not more
@@ -523,9 +521,8 @@ def main():
     folder, first = Path(args.adapter_path), mx.distributed.init().rank() == 0
     if not first:  # the first process speaks for all
         sys.stdout, args.report_to = open(os.devnull, "w"), None
-    # a CPU compiles longer than it saves; compiled, a checkpoint would drop out the same in every batch
-    if not (CUDA or METAL) or (args.grad_checkpoint and args.lora_parameters.get("dropout")):
-        mx.disable_compile()
+    if not (CUDA or METAL):
+        mx.disable_compile()  # it calls a C++ compiler, which takes longer than it saves
     maybe_set_recommended_wired_limit()
     with blame(args.model, "give a model's folder, or its name on the Hugging Face hub"):
         is_name = args.model.count("/") == 1 and args.model[0] not in "./~" and not Path(args.model).exists()

@@ -2,10 +2,8 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+HAS_GPU = mx.metal.is_available() or mx.cuda.is_available()
+SWIGLU = activations.swiglu
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -106,10 +106,19 @@ def few(cases, count):
 
 
 def restore_swiglu():
-    """Give mlx-lm's model files their own swiglu back: lighten puts another one there, for the whole process."""
+    """Give mlx-lm's model files their own swiglu back: trainable_parameters puts another there, for the process."""
     for name, module in list(sys.modules.items()):
         if name.startswith("mlx_lm.models.") and hasattr(module, "swiglu"):
-            module.swiglu = activations.swiglu
+            module.swiglu = SWIGLU
+
+
+@pytest.fixture
+def compiled():
+    """Let mx.compile compile during a test; elsewhere it does nothing on a CPU, as in the trainers."""
+    mx.enable_compile()
+    yield
+    if not HAS_GPU:
+        mx.disable_compile()
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +152,5 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: what pytest --slow runs")
-    cache = tempfile.TemporaryDirectory()  # the reference's scores of all tests, none of them in the user's own folder
-    os.environ["XDG_CACHE_HOME"] = cache.name
-    config.add_cleanup(cache.cleanup)
+    if not HAS_GPU:
+        mx.disable_compile()  # each shape would call a C++ compiler
