@@ -182,11 +182,11 @@ def typed(text):
 
 def pieces(content):
     """Yield (kind, text or name) of what stands in a message's text, block or blocks: text, call, sound, or else."""
-    content = read_json(content[6:]) if isinstance(content, str) and content.startswith("\x00json:") else content
     for block in content if isinstance(content, list) else [content]:
         block = block if isinstance(block, dict) else {"text": block}
         kind = str(first_of(block, "type", "content_type") or "text")
         inner = first_of(block, "text", "transcript", "content", "value", "steps", "refusal")
+        inner = read_json(inner[6:]) if str(inner).startswith("\x00json:") else inner  # Hermes' way with blocks
         if SILENT.search(kind) or part(block, "style").get("type") == "thinking":
             continue
         if CALL.search(kind) and kind not in TEXT or "<tool_call>" in str(inner):
@@ -444,23 +444,23 @@ def read_lm_studio(chat, r):
             chat.add({**v, "content": steps or v.get("content"), "error": any(stops) or lost}, None, before)
 
 
-@reads("claude", lambda r: isinstance(r.get("chat_messages"), list))
-@reads("hermes", has("conversations", "completed"), agent=True)
-@reads(
-    "hermes",
-    lambda r: "role" in r and {*r} <= {"role", "content", "timestamp", "tool_calls", "tool_call_id", "name"},
-    log=True,
-    agent=True,
-)
+@reads("openai", lambda r: any("role" in m for m in items(r.get("messages"))) and NO_TALK.isdisjoint(r))
+@reads("sharegpt", lambda r: any("from" in m for m in items(r.get("conversations"))) and "chosen" not in r)
+@reads("ollama", has("ollama_chat", "messages"))
 @reads(
     "timmy",
     lambda r: r.get("type") in ("message", "tool_call", "decision", "error") and "timestamp" in r,
     log=True,
     agent=True,
 )
-@reads("ollama", has("ollama_chat", "messages"))
-@reads("sharegpt", lambda r: any("from" in m for m in items(r.get("conversations"))) and "chosen" not in r)
-@reads("openai", lambda r: any("role" in m for m in items(r.get("messages"))) and NO_TALK.isdisjoint(r))
+@reads(
+    "hermes",
+    lambda r: "role" in r and {*r} <= {"role", "content", "timestamp", "tool_calls", "tool_call_id", "name"},
+    log=True,
+    agent=True,
+)
+@reads("hermes", has("conversations", "completed"), agent=True)
+@reads("claude", lambda r: isinstance(r.get("chat_messages"), list))
 def read_talk(chat, r):
     """Read messages in a line, or, where they name their parents, in a tree."""
     chat.key, chat.updated, chat.leaf = (
@@ -771,16 +771,18 @@ class Turns:
         if role == "user":
             self.continued.add(at.last)
             history, before = at.history, self.nodes[at.user]["text"] if at.user is not None else None
-            if before is not None and is_whole(at):
-                number = len(self.histories) + 1
-                history = self.histories.setdefault((history, before, self.nodes[at.last]["text"]), number)
-            elif before not in (None, node["text"]):  # else the same text is only sent once more
-                # or a record stands under the prompt before it, whose answer is elsewhere
-                elsewhere = node["parent"] == at.user and {self.nodes[k]["role"] for k in self.children[at.user]} - {
-                    "user"
-                }
-                bar = bar or ("" if elsewhere else "a prompt after one that got no whole answer")
-            return Place(key, history, bar=bar)
+            if before is not None:
+                step = history, before, self.nodes[at.last]["text"] if is_whole(at) else None
+                history = self.histories.setdefault(step, len(self.histories) + 1)
+            # without an answer, the same text is only sent once more, or the answer is on another branch
+            kin = {self.nodes[child]["role"] for child in self.children[node["parent"]]}
+            if (
+                not is_whole(at)
+                and before not in (None, node["text"])
+                and (node["parent"] != at.user or kin == {"user"})
+            ):
+                bar = bar or "a prompt after one that got no whole answer"
+            return Place(key, history, cut=node["state"] == "cut", bar=bar)
         open_turn = at.user is not None and not (is_whole(at) or at.cut)
         if role == "harness" or role == "note" and (is_whole(at) or at.cut):
             return at._replace(bar=bar or STEERED) if open_turn else at._replace(idle=True)
@@ -929,7 +931,7 @@ def make_row(turns, thread, history, prompt, chosen, rejected, signal, share):
     messages, sides = [("user", prompt)], [side for side in (chosen, rejected) if side]
     while history and len(messages) <= HISTORY:
         history, asked, answer = turns.steps[history]
-        messages = [("user", asked), ("assistant", answer), *messages]
+        messages = [("user", asked), ("assistant", answer), *messages] if answer is not None else messages
     messages = [("system", turns.chat.system)] * bool(turns.chat.system) + messages
     row = {"prompt": [{"role": role, "content": text} for role, text in messages]}
     row |= {name: [{"role": "assistant", "content": a["text"]}] for name, a in zip(("chosen", "rejected"), sides)}
