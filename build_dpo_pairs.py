@@ -111,15 +111,16 @@ HARNESS = re.compile(  # how an agent's program begins what it says in the user'
     r"\s*(?:<[a-z]+[-_]|Caveat: The messages below|Stop hook feedback:|# AGENTS\.md instructions|\[(?:System|SYSTEM)"
     r"|This session is being continued|\[CONTEXT COMPACTION|Review the conversation above and |\[Request interrupted)"
 )
-STOPPED = (
+STOPPED = set(  # how an answer ends of which a part is missing, in any of the sources
     "max_tokens length user_canceled error content_filter interrupted in_progress finished_partial_completion failed"
+    " userStopped maxPredictedTokensReached contextLengthReached modelUnloaded".split()
 )
-STOPPED = (*STOPPED.split(), "userStopped", "maxPredictedTokensReached", "modelUnloaded", "contextLengthReached")
 GOOD, BAD = ("1", "thumbsup", "👍", "❤", "🎉", "🔥", "💯"), ("-1", "thumbsdown", "👎", "😠")
 BESIDE = "a prompt with, or after, a picture, file, document or voice that is not in its text"
 ELSEWHERE = "an answer, or one after it, whose picture, file or document is not in its text"
 STEERED = "an answer, or one after it, that was steered while it was written"
-NOBODY = "a prompt after words that no person asked for"
+NOBODY, MACHINE = "a prompt after words that no person asked for", "a session that no person led"
+WITH_FILE = {"user": BESIDE, "assistant": ELSEWHERE}
 
 
 def items(value, kind=dict):
@@ -190,7 +191,7 @@ def pieces(content):
         if SILENT.search(kind) or part(block, "style").get("type") == "thinking":
             continue
         if CALL.search(kind) and kind not in TEXT or "<tool_call>" in str(inner):
-            yield "call", str(block.get("name"))
+            yield "call", str(first_of(block, "name", "function_name") or part(block, "function").get("name"))
         elif kind not in TEXT and "transcript" not in block:
             yield "sound" if "audio" in kind and not block.get("frames_asset_pointers") else kind, ""
         else:
@@ -240,11 +241,18 @@ class Chat:
     follow, "cut" where nothing whole came of it; a bar: why no pair may rest on it; and a rating: more is better.
     """
 
+    key = leaf = last = thread = None  # a thread is a chat among many, of which a forest consists
+    updated, skip, system, dataset, alone, forest = 0, "", "", False, False, False
+
     def __init__(self, source, agent, votes):
-        self.source, self.agent, self.votes, self.key, self.updated, self.leaf = source, agent, votes, None, 0, None
-        self.nodes, self.last, self.skip, self.thread, self.records, self.system = {}, None, "", None, Counter(), ""
-        self.dataset = self.alone = self.forest = False  # forest: many chats, by thread
-        self.facts = {}  # what a reader notes
+        self.source, self.agent, self.votes, self.nodes, self.records, self.turns = (
+            source,
+            agent,
+            votes,
+            {},
+            Counter(),
+            [],
+        )
 
     def add(self, m, key=None, parent=False, state="", bar="", **facts):
         """Add a message (a dict, its fields called as in any of the sources) after parent (False: after the last one).
@@ -253,27 +261,22 @@ class Chat:
         """
         role, calls = first_of(m, "role", "from", "sender"), items(read_json(m.get("tool_calls")))
         role, key = ROLES.get(role, role), str(len(self.nodes) if key is None else key)
-        calls += [m["function_call"]] if m.get("function_call") else [{}] if m.get("from") == "function_call" else []
-        names = [part(call, "function").get("name") or first_of(call, "name", "function_name") for call in items(calls)]
+        calls += [{}] if m.get("function_call") or m.get("from") == "function_call" else []
         content = first_of(m, "content", "value", "text")
-        said = [{"text": content}, *({"type": "call", "name": name} for name in names)]
-        text, call, made, beside = spoken(said, role, self.agent)
-        stopped = m.get("truncated") or m.get("error") or m.get("done") is False
-        ends = (m.get("stop_reason"), m.get("finish_reason"), m.get("status"), m.get("type"))
-        state = state or ("cut" if stopped or any(end in STOPPED for end in ends) else "call" if call else "")
-        if beside or lies_beside(m):
-            bar = bar or {"user": BESIDE, "assistant": ELSEWHERE}.get(role, "")
-        bar = bar or (ELSEWHERE if made and not self.agent else "")
-        if role == "user" and not (text or bar):
-            role = "harness" if self.agent and clean(str(content or "")) else "hop"
-        elif role == "assistant" and not (text or state or bar):
-            role = "hop"
+        blocks = [{"text": content}, *({**call, "type": "call"} for call in calls)]
+        text, call, made, beside = spoken(blocks, role, self.agent)
+        ends = [m.get(name) for name in ("stop_reason", "finish_reason", "status", "type")]
+        cut = m.get("truncated") or m.get("error") or m.get("done") is False or not STOPPED.isdisjoint(map(str, ends))
+        state = state or ("cut" if cut else "call" if call else "")
+        bar = bar or (WITH_FILE.get(role, "") if beside or lies_beside(m) or made and not self.agent else "")
         if len(text) > LONGEST:
             text, bar = "", f"a message of more than {LONGEST} letters"
-        time, rating = first_of(m, "timestamp", "created_at", "create_time"), vote(part(m, "annotation").get("rating"))
+        if role in WITH_FILE and not (text or bar or state and role == "assistant"):
+            role = "harness" if role == "user" and self.agent and content and clean(str(content)) else "hop"
+        time, rating = first_of(m, "timestamp", "created_at", "create_time"), part(m, "annotation").get("rating")
         node = {"parent": self.last if parent is False else str(parent), "role": role, "text": text, "state": state}
         node |= {"bar": bar, "made": made, "time": when(time), "model": first_of(m, "model", "model_name")}
-        self.nodes.setdefault(key, node | {"thread": self.thread, "rating": rating} | facts)
+        self.nodes.setdefault(key, node | {"thread": self.thread, "rating": vote(rating)} | facts)
         self.last = key
         return key
 
@@ -295,25 +298,19 @@ def read_chatgpt(chat, r):
         r.get("current_node"),
     )
     for key in r["mapping"]:
-        m, node = part(r["mapping"], key, "message"), part(r["mapping"], key)
+        node, m = part(r["mapping"], key), part(r["mapping"], key, "message")
         meta, content, role = part(m, "metadata"), part(m, "content"), part(m, "author").get("role")
         kind, to, parts = content.get("content_type"), m.get("recipient") or "all", content.get("parts")
         hidden = ("is_visually_hidden_from_conversation", "is_user_system_message", "rebase_system_message")
         shown = kind in ("text", "multimodal_text") and m.get("weight") != 0 and not any(map(meta.get, hidden))
-        more = (
-            to != "all"
-            or m.get("channel") not in (None, "final")
-            or kind == "code"
-            or shown
-            and m.get("end_turn") is False
-        )
+        final = to == "all" and m.get("channel") in (None, "final") and (not shown or m.get("end_turn") is not False)
         made = role == "assistant" and MAKES.search(to) or role == "tool" and spoken(parts, role)[3]
         said = {"status": m.get("status"), "timestamp": m.get("create_time"), "model": meta.get("model_slug")}
         said |= {**(meta if role == "user" else {}), "role": role, "content": parts if shown else ""}
         said |= {"stop_reason": part(meta, "finish_details").get("type"), "error": kind == "system_error"}
-        state = "call" if role == "assistant" and more else ""
+        state = "call" if role == "assistant" and (kind == "code" or not final) else ""
         chat.add(said, key, node.get("parent"), state, ELSEWHERE if made else "")
-        if meta.get("paragen_variants_info") or meta.get("paragen_variant_choice"):  # two answers to choose from
+        if meta.get("paragen_variants_info") or meta.get("paragen_variant_choice"):  # answers to choose from
             number = part(meta, "paragen_variants_info").get("num_variants_in_stream")
             offered = items(node.get("children"), str)[: number if type(number) is int else 2]
             chat.votes.prefer(meta.get("paragen_variant_choice"), set(offered))
@@ -332,61 +329,63 @@ def read_chatgpt_comparison(chat, r):
         chat.votes.prefer(key, turns["original"] | turns["new"])
 
 
-# what stands beside the prompt before it, in a record of Claude Code
+# what an attachment of Claude Code does to the prompt before it
 ATTACHED = dict.fromkeys("file already_read_file compact_file_reference pdf_reference directory image".split(), BESIDE)
 ATTACHED["queued_command"] = STEERED
 
 
 @reads("claude-code", lambda r: "type" in r and r.keys() & {"sessionId", "leafUuid", "messageId"}, log=True, agent=True)
 def read_claude_code(chat, r):
-    chat.key, chat.forest = "", True  # of all files: a resumed session repeats the old one
-    chat.thread, m = part(r, "forkedFrom").get("sessionId") or r.get("sessionId"), part(r, "message")
+    chat.key, chat.forest, m, parent = "", True, part(r, "message"), r.get("parentUuid")
+    chat.thread = part(r, "forkedFrom").get("sessionId") or r.get("sessionId")  # a resumed session repeats the old one
     if r.get("operation") == "remove" and chat.last and r.get("reason") in (None, "absorbed_mid_turn"):
         chat.nodes[chat.last]["bar"] = STEERED
     if r.get("isSidechain") or not r.get("uuid"):
         return
-    role, content, parent, text = r["type"], m.get("content"), r.get("parentUuid"), spoken(m.get("content"), "")[0]
+    role, content, text, mid = r["type"], m.get("content"), spoken(m.get("content"), "")[0], m.get("id")
     cut = r.get("isApiErrorMessage") or m.get("model") == "<synthetic>" or text.startswith("[Request interrupted")
-    if role == "user" and (cut or any(block.get("type") == "tool_result" for block in items(content))):
-        role = "hop"
-    elif role == "user" and (r.get("isMeta") or r.get("isCompactSummary") or r.get("isVisibleInTranscriptOnly")):
-        role = "note"
-    elif role == "user" and part(r, "origin").get("kind") not in (None, "human"):
-        role = "harness"
-    before = chat.nodes.get(parent, {})
-    if role == "assistant" and text and before.get("mid") == m.get("id") and before["text"] and not before["state"]:
+    if role == "user":
+        note = r.get("isMeta") or r.get("isCompactSummary") or r.get("isVisibleInTranscriptOnly")
+        other = part(r, "origin").get("kind") not in (None, "human")
+        tool = cut or any(block.get("type") == "tool_result" for block in items(content))
+        role = "hop" if tool else "note" if note else "harness" if other else role
+    before = chat.nodes.get(parent, {"role": ""})
+    if (
+        role == "assistant" == before["role"]
+        and before["mid"] == mid
+        and text
+        and before["text"]
+        and not before["state"]
+    ):
         content = [before["text"], text]  # a message is a record for each of its blocks
     said = {"role": role, "content": content, "imagePasteIds": r.get("imagePasteIds"), "model": m.get("model")}
     said |= {"timestamp": r.get("timestamp"), "error": cut}
     bar = ATTACHED.get(part(r, "attachment").get("type"), "")
-    chat.add(said, r["uuid"], parent or r.get("logicalParentUuid"), bar=bar, mid=m.get("id"))
+    chat.add(said, r["uuid"], parent or r.get("logicalParentUuid"), bar=bar, mid=mid)
 
 
 CODEX = ("session_meta", "response_item", "event_msg", "turn_context", "compacted", "world_state")
+ITEMS = ("message", "reasoning", "function_call", "function_call_output")  # of the older files, each a line
 
 
 @reads("codex", lambda r: r.get("type") in CODEX and isinstance(r.get("payload"), dict), log=True, agent=True)
 @reads("codex", lambda r: "record_type" in r or {"id", "timestamp", "instructions"} <= r.keys(), log=True, agent=True)
-@reads("codex", lambda r: r.get("type") == "message" and items(r.get("content")) and "role" in r, log=True, agent=True)
-@reads("codex", lambda r: r.get("type") in ("reasoning", "function_call", "function_call_output"), log=True, agent=True)
+@reads("codex", lambda r: r.get("type") in ITEMS and not isinstance(r.get("content"), str), log=True, agent=True)
 def read_codex(chat, r):
-    p, what, turns = part(r, "payload") or r, r.get("type"), chat.facts.setdefault("turns", [])
-    kind, event = str(p.get("type")), what == "event_msg"
-    if what in (None, "session_meta"):
-        chat.key = chat.key or p.get("id")
-        chat.skip = "a session that no person led" if isinstance(p.get("source"), dict) else chat.skip
-    elif event and kind == "thread_rolled_back" and turns:
-        back = min(len(turns), int(p.get("num_turns") or 1))
-        chat.last = turns[-back]  # what was last before that turn
-        del turns[-back:]
-    elif event and kind in ("turn_aborted", "error"):
-        chat.add({"error": True})
-    elif event and kind == "user_message" and lies_beside(p):
-        chat.add({}, bar=BESIDE)
+    p, event = part(r, "payload") or r, r.get("type") == "event_msg"
+    kind = str(p.get("type"))
+    if r.get("type") in (None, "session_meta"):
+        chat.key, chat.skip = chat.key or p.get("id"), MACHINE if isinstance(p.get("source"), dict) else ""
+    elif event and kind == "thread_rolled_back" and chat.turns:
+        chat.turns, gone = chat.turns[: -int(p.get("num_turns") or 1)], chat.turns[-int(p.get("num_turns") or 1) :]
+        chat.last = gone[0]  # what was last before that turn
+    elif event and kind in ("turn_aborted", "error", "user_message"):
+        aside = kind == "user_message" and lies_beside(p)
+        chat.add({"error": kind != "user_message"}, bar=BESIDE if aside else "")
     elif not event and kind == "message" and p.get("role") in ("user", "assistant"):
         before, state = chat.last, "call" if p.get("phase") == "commentary" else ""
-        key = chat.add(p | {"timestamp": r.get("timestamp")}, state=state)
-        turns += [before] if chat.nodes[key]["role"] == "user" else []
+        key = chat.add({**p, "timestamp": r.get("timestamp")}, state=state)
+        chat.turns += [before] if chat.nodes[key]["role"] == "user" else []
     elif not event and kind.endswith("_call"):
         chat.add({"role": "assistant", "content": p})
 
@@ -395,8 +394,7 @@ def read_codex(chat, r):
 @reads("hermes", has("messages", "source", "started_at"), agent=True)
 def read_hermes(chat, r):
     chat.key, live, rewound = first_of(r, "session_id", "id"), None, {}
-    machine = r.get("source") in ("cron", "batch", "tool", "subagent", "kanban")
-    chat.skip = "a session that no person led" if machine else ""
+    chat.skip = MACHINE if r.get("source") in ("cron", "batch", "tool", "subagent", "kanban") else ""
     for m in [m for m in items(r["messages"]) if not m.get("observed")]:
         role, raw, marks = m.get("role"), str(m.get("content")), part({"": read_json(m.get("display_metadata"))}, "")
         summary = m.get("_compressed_summary") or raw.startswith("[CONTEXT COMPACTION")  # later prompts rest on it
@@ -404,13 +402,12 @@ def read_hermes(chat, r):
         role = "hop" if summary else "harness" if hidden and role == "user" else role
         votes = [vote(mark.get("emoji")) for mark in items(marks.get("reactions")) if mark.get("author") == "user"]
         bar = NOBODY if summary else STEERED if role == "tool" and "user guidance:" in raw.lower() else ""
-        said, facts = {"model": r.get("model"), **m, "role": role}, {"bar": bar, "rating": (votes or [0])[0]}
+        said, facts = {"model": r.get("model"), **m, "role": role}, {"bar": bar, "rating": sum(votes[:1])}
         if m.get("active") != 0 or m.get("compacted"):
             live, rewound = chat.add(said, None, live, **facts), {}
         else:  # taken back: the same prompt once more starts where it stood before, anything else goes on from there
             text = spoken(m.get("content"), "user", True)[0]
-            parent = rewound.get(text, rewound.get(None, live)) if role == "user" else chat.last
-            rewound |= {text: parent} if role == "user" else {}
+            parent = rewound.setdefault(text, rewound.get(None, live)) if role == "user" else chat.last
             rewound[None] = chat.add(said, None, parent, **facts)
 
 
@@ -444,40 +441,25 @@ def read_lm_studio(chat, r):
             chat.add({**v, "content": steps or v.get("content"), "error": any(stops) or lost}, None, before)
 
 
+LINE = {"role", "content", "timestamp", "tool_calls", "tool_call_id", "name"}
+NO_TALK = {"chosen", "rejected", "label", "conv", "exportAt"}  # rows of preferences, of programs that are not read
+TIMMY = ("message", "tool_call", "decision", "error")
+
+
 @reads("openai", lambda r: any("role" in m for m in items(r.get("messages"))) and NO_TALK.isdisjoint(r))
-@reads("sharegpt", lambda r: any("from" in m for m in items(r.get("conversations"))) and "chosen" not in r)
+@reads("sharegpt", lambda r: any("from" in m for m in items(r.get("conversations"))) and NO_TALK.isdisjoint(r))
 @reads("ollama", has("ollama_chat", "messages"))
-@reads(
-    "timmy",
-    lambda r: r.get("type") in ("message", "tool_call", "decision", "error") and "timestamp" in r,
-    log=True,
-    agent=True,
-)
-@reads(
-    "hermes",
-    lambda r: "role" in r and {*r} <= {"role", "content", "timestamp", "tool_calls", "tool_call_id", "name"},
-    log=True,
-    agent=True,
-)
+@reads("timmy", lambda r: r.get("type") in TIMMY and "timestamp" in r, log=True, agent=True)
+@reads("hermes", lambda r: "role" in r and r.keys() <= LINE, log=True, agent=True)
 @reads("hermes", has("conversations", "completed"), agent=True)
 @reads("claude", lambda r: isinstance(r.get("chat_messages"), list))
 def read_talk(chat, r):
     """Read messages in a line, or, where they name their parents, in a tree."""
-    chat.key, chat.updated, chat.leaf = (
-        first_of(r, "uuid", "ollama_chat"),
-        r.get("updated_at"),
-        r.get("current_leaf_message_uuid"),
-    )
+    chat.key, chat.updated = first_of(r, "uuid", "ollama_chat"), r.get("updated_at")
+    chat.leaf, bar = r.get("current_leaf_message_uuid"), BESIDE if has_media(r) else ""
     for m in items(first_of(r, "chat_messages", "conversations", "messages")) or [r]:
-        said = m | (
-            {"role": "assistant", "content": {"type": "call", "name": m.get("tool")}}
-            if m.get("type") == "tool_call"
-            else {}
-        )
-        chat.add(said, m.get("uuid"), m.get("parent_message_uuid") or False, bar=BESIDE if has_media(r) else "")
-
-
-NO_TALK = {"chosen", "rejected", "label", "conv", "exportAt"}  # rows of preferences, of programs that are not read
+        tool = {"role": "assistant", "content": {**m, "name": m.get("tool")}} if m.get("type") == "tool_call" else {}
+        chat.add(m | tool, m.get("uuid"), m.get("parent_message_uuid") or False, bar=bar)
 
 
 def has_media(row):
@@ -487,30 +469,28 @@ def has_media(row):
 
 # ---------------------------------------------------------------------------------------------------------- datasets
 
-# source; columns that a row must have, those of answers first; the prompt's: the first that is there; the scores
+# source; its two answers' columns, or those that hold one or several; the prompt's: the first that is there; the scores
 ROWS = [
     ("openai", "preferred_output non_preferred_output", "input", (1, 0)),
-    ("webgpt", "answer_0 answer_1 score_0 score_1", "question", ("score_0", "score_1")),
-    ("shp", "human_ref_A human_ref_B labels", "history", ("labels", 0.5)),
-    ("nectar", "answers", "prompt", ("rank",)),
-    ("ultrafeedback", "chosen rejected score_chosen score_rejected", "prompt", ("score_chosen", "score_rejected")),
+    ("webgpt", "answer_0 answer_1", "question", ("score_0", "score_1")),
+    ("shp", "human_ref_A human_ref_B", "history", ("labels", 0.5)),
+    ("nectar", "answers", "prompt", ()),
+    ("ultrafeedback", "chosen rejected", "prompt", ("score_chosen", "score_rejected")),
     ("trl", "chosen rejected", "prompt question instruction messages conversations input", (1, 0)),
-    ("trl", "completion label", "prompt", ("label",)),
+    ("trl", "completion", "prompt", ("label",)),
 ]
 
 
 def talk_of(value):
-    """Return messages, or a text whose turns begin with a blank line and Human: or Assistant:, as messages; else a text."""
+    """Return messages, or a text whose turns begin with a blank line and Human: or Assistant:, as such; else a text."""
     value = first_of(value, "messages", "full_text") or [value] if isinstance(value, dict) else value
     if isinstance(value, list):
-        messages = [m for m in items(value) if first_of(m, "role", "from")]
-        return messages or [{"role": "user", "content": value}]
+        return [m for m in items(value) if first_of(m, "role", "from")] or [{"role": "user", "content": value}]
     _, *parts = re.split(r"\n\n(Human|Assistant):", value) if str(value).startswith("\n\nHuman:") else [""]
-    turns = [
-        {"from": "human" if who == "Human" else "gpt", "value": said.strip()}
-        for who, said in zip(parts[::2], parts[1::2])
-    ]
-    return [turn for turn in turns if turn["value"]] or value
+    turns = zip(parts[::2], map(str.strip, parts[1::2]))
+    return [
+        {"role": "user" if who == "Human" else "assistant", "content": said} for who, said in turns if said
+    ] or value
 
 
 def read_row(columns, prompts, scores, chat, r):
@@ -518,18 +498,15 @@ def read_row(columns, prompts, scores, chat, r):
     if (r.get("score_ratio") or 2) < 1.5:  # SHP's card asks for 2
         raise LeftOut("votes that are nearly equal")
     chat.source = "hh-rlhf" if str(r.get("chosen")).startswith("\n\nHuman:") else chat.source
-    if columns == ["answers"]:
-        scored = [(a.get("answer"), -a["rank"]) for a in items(r["answers"]) if a.get("rank")]
-    else:
-        values = [r[score] if isinstance(score, str) else score for score in scores]
-        scored = list(zip([r[name] for name in columns], [-1 if value is False else 0 + value for value in values]))
-    prompt, *sides = map(talk_of, (first_of(r, *prompts.split()), *(text for text, _ in scored)))
+    ranked = [(a.get("answer"), -a["rank"]) for a in items(r.get("answers")) if a.get("rank")]
+    scores = [r[score] if isinstance(score, str) else score for score in scores]
+    prompt, *sides = map(talk_of, [first_of(r, *prompts), *(r[name] for name in columns if name != "answers")])
     prompt = f"{r['instruction']}\n{r['input']}" if "instruction" in r and r.get("input") else prompt
     if prompt is None and all(isinstance(side, str) for side in sides):
         prompt = os.path.commonprefix(sides)
         prompt = prompt[: prompt.rfind(" ") + 1]  # up to a word
         sides = [text[len(prompt) :] for text in sides]
-    elif all(isinstance(side, list) for side in sides) and max(map(len, sides)) > 1:  # whole conversations
+    elif all(isinstance(side, list) for side in sides) and max(map(len, sides), default=0) > 1:  # whole conversations
         prompt = [m[0] for m in zip(*(side[:-1] for side in sides)) if all(other == m[0] for other in m)]
         if {len(side) for side in sides} != {len(prompt) + 1}:
             raise LeftOut("two conversations that part before the last answer")
@@ -539,16 +516,17 @@ def read_row(columns, prompts, scores, chat, r):
         chat.system = spoken(m.get("content"), "system")[0] if m.get("role") == "system" else chat.system
     if asked is None or chat.nodes[asked]["role"] != "user":
         raise LeftOut("a prompt that ends in no question")
-    for side, (_, score) in zip(sides, scored):
+    for side, score in ranked or zip(sides, scores):
         side = first_of(side[-1], "content", "value") if isinstance(side, list) else side
-        key = chat.add({"role": "assistant", "content": side}, parent=asked, rating=score)
+        key = chat.add({"role": "assistant", "content": side}, parent=asked, rating=-1 if score is False else 0 + score)
         if isinstance(side, str) and side.strip() and len(side) <= LONGEST:  # <think> is part of a data set's answers
             text = side.encode("utf-8", "replace").decode().strip()
             chat.nodes[key] |= {"text": text, "role": "assistant", "state": ""}
 
 
 for source, columns, prompts, scores in ROWS:
-    reads(source, has(*columns.split()))(partial(read_row, columns.split(), prompts, scores))
+    names = [*columns.split(), *(score for score in scores if isinstance(score, str))]
+    reads(source, has(*names))(partial(read_row, columns.split(), prompts.split(), scores))
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -556,20 +534,17 @@ for source, columns, prompts, scores in ROWS:
 
 def open_members(name, stream, left, depth=0):
     """Yield (name, stream) of a file, or of each file in an archive, unpacked; left: [bytes that may come out of it]."""
-    head = stream.read(4)
+    head, packed = stream.read(4), None
     stream.seek(0)
-    if head == b"PK\x03\x04":
-        archive = zipfile.ZipFile(stream)
-        names = archive.namelist()
-        if outside := [member for member in names if re.match(r"[/\\]|\w:|(.*[/\\])?\.\.([/\\]|$)", member)]:
-            raise ValueError(f"its member {outside[0]} lies outside of it: such an archive is not read")
-        packed = ((f"{name}/{member}", archive.open(member)) for member in names)
-    elif head[:2] == b"\x1f\x8b":
+    if head[:2] == b"\x1f\x8b":
         packed = [(name, gzip.open(stream))]
-    else:
-        yield name, stream
-        return
-    for member, source in packed:
+    elif head == b"PK\x03\x04":
+        archive = zipfile.ZipFile(stream)
+        outside = [member for member in archive.namelist() if re.match(r"[/\\]|\w:|(.*[/\\])?\.\.([/\\]|$)", member)]
+        if outside:
+            raise ValueError(f"its member {outside[0]} lies outside of it: such an archive is not read")
+        packed = ((f"{name}/{member}", archive.open(member)) for member in archive.namelist())
+    for member, source in packed or ():
         with tempfile.TemporaryFile() as file:
             while chunk := source.read(2**20):
                 left[0] -= len(chunk)
@@ -578,6 +553,8 @@ def open_members(name, stream, left, depth=0):
                 file.write(chunk)
             file.seek(0)
             yield from open_members(member, file, left, depth + 1)
+    if packed is None:
+        yield name, stream
 
 
 def read_values(stream):
@@ -585,56 +562,55 @@ def read_values(stream):
     encoding = json.detect_encoding(stream.read(4))
     stream.seek(0)
     text = io.TextIOWrapper(stream, "utf-8-sig" if "utf-8" in encoding else encoding, errors="replace")
-    decode, space, step, line = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), 2**20, 1
-    buffer = text.read(step)
+    step, line, buffer, end = 2**20, 1, text.read(2**20), 0
     first = buffer.lstrip()[:1]
-    at = buffer.index("[") + 1 if first == "[" else 0 if first in ("{", "") else len(buffer)
-    if at and at == len(buffer):
-        yield line, None
+    if first == "[":
+        end = buffer.index("[") + 1
+    elif first != "{":
+        yield from [(line, None)] if first else []
+        return
     while True:
-        start, at = at, space.match(buffer, at).end()
-        line += buffer.count("\n", start, at)
+        at = re.compile(r"[\s,]*").match(buffer, end).end()
+        line += buffer.count("\n", end, at)
         try:
-            value, end = decode(buffer, at)
+            value, end = json.JSONDecoder().raw_decode(buffer, at)
         except (ValueError, RecursionError):
             end = buffer.find("\n{", at) + 1  # where the next record begins, if this one is broken
-            more = text.read(step) if not end and len(buffer) < 2**30 and first in ("[", "{") else ""
+            more = text.read(step) if not end and len(buffer) < 2**30 else ""
             if more:
-                step = 2 * step if at < len(buffer) else 2**20
-                buffer, at = buffer[at:] + more, 0
+                step, buffer, end = (2 * step if at < len(buffer) else 2**20), buffer[at:] + more, 0
                 continue
             if at == len(buffer) or first == "[" and buffer[at] == "]":
                 return
             value, end = None, end or len(buffer)
         yield line, value
         line += buffer.count("\n", at, end)
-        at = end
 
 
 def read_database(path, stream):
     """Yield (number, chat) of Hermes' state.db or of Ollama's app, from a copy: the original is not even locked."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder, "copy.db")
-        copy.write_bytes(stream.read())
+        Path(folder, "copy.db").write_bytes(stream.read())
         for end in ("-wal", "-journal"):  # what the program that has it open is about to put into it, or take back
             if os.path.exists(f"{path}{end}"):
-                shutil.copy(f"{path}{end}", f"{copy}{end}")
-        db = sqlite3.connect(copy)
+                shutil.copy(f"{path}{end}", Path(folder, f"copy.db{end}"))
+        db = sqlite3.connect(Path(folder, "copy.db"))
         db.row_factory, db.text_factory = sqlite3.Row, lambda raw: raw.decode("utf-8", "replace")
-        tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        name, of = ("sessions", "session_id") if "sessions" in tables else ("chats", "chat_id")
+        rows = lambda sql, *values: map(dict, db.execute(sql, values))
+        tables, beside = {row["name"] for row in rows("SELECT name FROM sqlite_master WHERE type = 'table'")}, {}
+        name, of, key = (
+            ("chats", "chat_id", "ollama_chat") if "chats" in tables else ("sessions", "session_id", "session_id")
+        )
         if not {name, "messages"} <= tables:
             raise ValueError("it holds neither Hermes' sessions nor Ollama's chats")
-        beside = defaultdict(dict)  # what other tables have of a message: its attachments, its tool calls
-        for table in tables - {"messages"}:
-            for row in map(dict, db.execute(f'SELECT * FROM "{table}"')):
-                beside[row.get("message_id", table)].setdefault(table, []).append(row)
+        for table in tables - {"messages"}:  # what other tables have of a message: its attachments, its tool calls
+            for row in rows(f'SELECT * FROM "{table}"'):
+                beside.setdefault(row.get("message_id", table), {}).setdefault(table, []).append(row)
         db.execute(f"CREATE INDEX of_chat ON messages ({of})")
-        for number, chat in enumerate(map(dict, db.execute(f"SELECT * FROM {name}")), 1):
-            found = db.execute(f"SELECT * FROM messages WHERE {of} = ? ORDER BY rowid", (chat["id"],))
-            messages = [row | beside.get(row.get("id"), {}) for row in map(dict, found)]
-            head = {"ollama_chat": chat["id"]} if name == "chats" else {"session_id": chat["id"], "session_start": 0}
-            yield number, (chat if name == "sessions" else {}) | head | {"messages": messages}
+        for number, chat in enumerate(rows(f"SELECT * FROM {name}"), 1):
+            found = rows(f"SELECT * FROM messages WHERE {of} = ? ORDER BY rowid", chat["id"])
+            chat |= {key: chat["id"], "messages": [row | beside.get(row.get("id"), {}) for row in found]}
+            yield number, {"session_start": 0, **chat}
 
 
 class Chats:
@@ -662,15 +638,13 @@ class Chats:
                         self.give(record, logs, name, number)
         except Exception as error:  # one damaged file, of whatever kind, must not stop the others
             self.fates["a file, or the rest of one, that could not be read"] += 1
-            print((f"{path}: {error}: passed over"))
+            print(f"{path}: {error}: passed over")
         for chat in logs.values():
             self.keep(chat)
 
     def give(self, record, logs, name, number):
         """Give a record to the first reader whose test it passes, or its elements, where it holds a list of records."""
-        if not isinstance(record, dict):
-            self.fates["no JSON, or no record: broken, or of another kind"] += 1
-            return
+        fate, reader = "no JSON, or no record: broken, or of another kind", None
         try:
             source, _, log, agent, reader = next((entry for entry in READERS if entry[1](record)), [None] * 5)
             chat = logs.get((name, reader)) or Chat(source, agent, self)
@@ -678,34 +652,34 @@ class Chats:
                 reader(chat, record)
                 chat.records[chat.thread] += 1
                 logs |= {(name, reader): chat} if log else {}
-            if reader and not log:
-                self.keep(chat)
-        except LeftOut as reason:
-            self.fates[str(reason)] += 1
-        except Exception as error:
-            frames, kind = traceback.extract_tb(error.__traceback__), type(error).__name__
-            where = next((frame for frame in frames if frame.name.startswith("read_")), frames[-1])
-            fate = f"of which {where.name}, line {where.lineno}, said {kind}"
-            if fate not in self.fates:
-                print((f"{name}:{number}: {fate}: {str(error)[:300]}: passed over"))
-            self.fates[fate] += 1
-        if not reader:
+                return None if log else self.keep(chat)
             inner = [element for value in record.values() for element in items(value)] if len(record) < 5 else []
             for element in inner:
                 self.give(element, logs, name, number)
-            self.fates[f"of no known kind, with {', '.join([*record][:4])}"] += not inner
+            fate = "" if inner else f"of no known kind, with {', '.join([*record][:4])}"
+        except LeftOut as reason:
+            fate = str(reason)
+        except Exception as error:
+            if isinstance(record, dict):
+                frames, kind = traceback.extract_tb(error.__traceback__), type(error).__name__
+                where = next((frame for frame in frames if frame.name.startswith("read_")), frames[-1])
+                fate = f"of which {where.name}, line {where.lineno}, said {kind}"
+                if fate not in self.fates:
+                    print(f"{name}:{number}: {fate}: {str(error)[:300]}: passed over")
+        self.fates[fate] += bool(fate)
 
     def keep(self, chat):
         """Enter a chat; of two copies, that which is newer, or larger."""
-        texts = json.dumps([node["text"] for node in chat.nodes.values()])
         if not chat.forest and not chat.key:  # a data set's row is no copy of another
+            texts = json.dumps([node["text"] for node in chat.nodes.values()])
             chat.key = len(self.chats) if chat.dataset else hashlib.sha256(texts.encode()).hexdigest()[:12]
         known = self.chats.get((chat.source, str(chat.key)))
         if chat.skip or not chat.nodes:
             self.fates[chat.skip or "votes, or nothing said"] += chat.records.total()
         elif known and chat.forest:
-            known.records.update(chat.records)
-            known.nodes |= {key: node for key, node in chat.nodes.items() if key not in known.nodes}
+            known.records += chat.records
+            for key, node in chat.nodes.items():
+                known.nodes.setdefault(key, node)
         else:
             age = lambda chat: (when(chat.updated), len(chat.nodes))
             older, newer = (known, chat) if not known or age(chat) > age(known) else (chat, known)
@@ -738,14 +712,13 @@ class Turns:
         self.answers, self.reasons, self.continued, self.active = defaultdict(dict), defaultdict(Counter), set(), set()
         self.children, latest = defaultdict(list), {}
         for order, (key, node) in enumerate(self.nodes.items()):
-            node["order"], inside = order, node["parent"] in self.nodes and node["parent"] != key
+            inside = node["parent"] in self.nodes and node["parent"] != key
             self.children[node["parent"] if inside else None].append(key)
+            node["order"] = node["time"], order
         for root in self.children.pop(None, []):
             thread = str(self.nodes[root]["thread"] or chat.key)
             for key in self.walk(root, thread):
-                latest[thread] = max(
-                    latest.get(thread, key), key, key=lambda key: (self.nodes[key]["time"], self.nodes[key]["order"])
-                )
+                latest[thread] = max(latest.get(thread, key), key, key=lambda key: self.nodes[key]["order"])
         self.steps = [None, *self.histories]
         for leaf in [str(chat.leaf)] if str(chat.leaf) in self.at else latest.values():
             while leaf in self.nodes and leaf not in self.active:  # what is on show
@@ -767,25 +740,21 @@ class Turns:
 
     def step(self, at, key, node):
         """Return where a node stands, from where the one before it does."""
-        role, bar = node["role"], at.bar or node["bar"]
+        role, bar, whole = node["role"], at.bar or node["bar"], is_whole(at)
         if role == "user":
             self.continued.add(at.last)
             history, before = at.history, self.nodes[at.user]["text"] if at.user is not None else None
             if before is not None:
-                step = history, before, self.nodes[at.last]["text"] if is_whole(at) else None
+                step = history, before, self.nodes[at.last]["text"] if whole else None
                 history = self.histories.setdefault(step, len(self.histories) + 1)
             # without an answer, the same text is only sent once more, or the answer is on another branch
             kin = {self.nodes[child]["role"] for child in self.children[node["parent"]]}
-            if (
-                not is_whole(at)
-                and before not in (None, node["text"])
-                and (node["parent"] != at.user or kin == {"user"})
-            ):
+            if not whole and before not in (None, node["text"]) and (node["parent"] != at.user or kin == {"user"}):
                 bar = bar or "a prompt after one that got no whole answer"
             return Place(key, history, cut=node["state"] == "cut", bar=bar)
-        open_turn = at.user is not None and not (is_whole(at) or at.cut)
-        if role == "harness" or role == "note" and (is_whole(at) or at.cut):
-            return at._replace(bar=bar or STEERED) if open_turn else at._replace(idle=True)
+        if role == "harness" or role == "note" and (whole or at.cut):
+            in_turn = at.user is not None and not (whole or at.cut)
+            return at._replace(bar=bar or STEERED) if in_turn else at._replace(idle=True)
         if at.idle and role == "assistant":
             return at._replace(user=None, idle=False, bar=bar or NOBODY)
         if at.user is None:
@@ -816,7 +785,7 @@ def judge(answers, turns, chats):
 
     def place(a):
         won = sum(beats(a, b) - beats(b, a) for b in answers) if chats.won else 0
-        return won, a["rating"], a["key"] in turns.active, a["key"] in turns.continued, a["order"]
+        return won, a["rating"], a["key"] in turns.active, a["key"] in turns.continued, a["order"][1]
 
     best, *rest = sorted(answers, key=place, reverse=True)
     for other in rest[:RIVALS]:
