@@ -81,25 +81,17 @@ def parse_args(words):
 # ------------------------------------------------------------------------------------------------------------- words
 
 # what front ends show folded or not at all: thoughts, tool calls, reminders, citations, pictures
-FOLDED = {
-    "<details type=": "</details>",
-    "<think>": "</think>",
-    "<system-reminder>": "</system-reminder>",
-    "\ue200": "\ue201",
-}
+FOLDED = {"<details type=": "</details>", "<think>": "</think>", "<system-reminder>": "</system-reminder>"}
+FOLDED["\ue200"] = "\ue201"
 HIDDEN = re.compile(
     r"【[^【】†]*†[^【】]*】|This block is not supported on your current device yet\.|```\s*```"
     r"|[\ue000-\uf8ff\u200b\u2060\ufeff]+|data:\w{1,20}/[\w.+-]{1,99};base64,[\w+/=]+"
 )
 # kinds of blocks: said; neither said nor done; calls of tools; files, or names of fields that hold them
 TEXT = ("text", "input_text", "output_text", "message", "audio_transcription", "contentBlock", "refusal")
-SILENT, CALL = (
-    re.compile("think|thought|reason|debug|status", re.I),
-    re.compile("tool|call|function|code|command", re.I),
-)
-FILE = re.compile(
-    "^(?!.*(?:paragen|dictation)).*(?:image|file|document|audio|video|media|attach|asset|pdf|canvas)", re.I
-)
+SILENT = re.compile("think|thought|reason|debug|status", re.I)
+CALL = re.compile("tool|call|function|code|command", re.I)
+FILE = re.compile("^(?!.*(?:paragen|dictat)).*(?:image|file|document|audio|video|media|attach|asset|pdf|canvas)", re.I)
 MARK = re.compile(  # of a picture, a file or a pasted text that came with a prompt
     r"\[(?:Image|Pasted text) #\d|<image(?: name=[^>]*)?>|;base64,|^(?:\[The user sent an? |# Files mentioned by)", re.M
 )
@@ -199,7 +191,7 @@ def pieces(content):
 
 
 def spoken(content, role, agent=False):
-    """Return a message's text after its last tool call; whether a call ends it, made a document, more than text is there."""
+    """Return a message's text after its last call; whether a call ends it, made a document, more than text is there."""
     said, call, made, others = [], False, False, set()
     for kind, text in pieces(content):
         if kind == "call":
@@ -216,11 +208,10 @@ def spoken(content, role, agent=False):
 
 def lies_beside(fields):
     """Whether a picture, a file, a document or a voice lies in a message's fields."""
-    empty = ("", "[]", "{}", "null", [], {})
-    return any(
-        FILE.search(name) and not isinstance(x, (int, float, type(None))) and x not in empty
-        for name, x in fields.items()
-    )
+    names = [
+        name for name, value in fields.items() if value not in (None, True, False, 0, "", "[]", "{}", "null", [], {})
+    ]
+    return any(map(FILE.search, names))
 
 
 # ------------------------------------------------------------------------------------------------------------- chats
@@ -598,9 +589,8 @@ def read_database(path, stream):
         db.row_factory, db.text_factory = sqlite3.Row, lambda raw: raw.decode("utf-8", "replace")
         rows = lambda sql, *values: map(dict, db.execute(sql, values))
         tables, beside = {row["name"] for row in rows("SELECT name FROM sqlite_master WHERE type = 'table'")}, {}
-        name, of, key = (
-            ("chats", "chat_id", "ollama_chat") if "chats" in tables else ("sessions", "session_id", "session_id")
-        )
+        ollama = "chats" in tables
+        name, of, key = ("chats", "chat_id", "ollama_chat") if ollama else ("sessions", *["session_id"] * 2)
         if not {name, "messages"} <= tables:
             raise ValueError("it holds neither Hermes' sessions nor Ollama's chats")
         for table in tables - {"messages"}:  # what other tables have of a message: its attachments, its tool calls
@@ -691,9 +681,7 @@ class Chats:
 
 # where a node stands: its prompt's key, the number of the history before that, the latest text of the answer; whether
 # more must follow, nothing whole can, a document was made; why no pair may rest on it; whether nobody typed what was last
-Place = namedtuple(
-    "Place", "user history last call cut made bar idle", defaults=(None, 0, None, False, False, False, "", 0)
-)
+Place = namedtuple("Place", "user history last call cut made bar idle", defaults=(None, 0, None, 0, 0, 0, "", 0))
 
 
 def is_whole(at):
@@ -804,8 +792,8 @@ def judge(answers, turns, chats):
 
 
 # what a person says of a wrong answer, of a slip of their own, of a right answer; what a model says of its fault
-STRONG = re.compile(
-    r"""^\W*(?:(?:no|nope|nah|wrong|incorrect|not\ quite|not\ what\ i)\b(?!\W+(?:problem|worries|need|rush|wait|thanks
+STRONG = re.compile(r"""(?ix)^\W*(?:
+    (?:no|nope|nah|wrong|incorrect|not\ quite|not\ what\ i)\b(?!\W+(?:problem|worries|need|rush|wait|thanks
     |thank|idea|doubt|more|one|longer|matter|further|other|all|sure|answers|that'?s\ all)\b)
     |(?:that|this|it)(?:'?s|\ is)\ (?:not|wrong|incorrect|false)\b(?!\s+(?:bad|a\s+(?:bad|problem)|an\s+issue|too|all))
     |(?:i|we)\s+(?:(?:said|asked)\b(?!\s+(?:my|him|her|them|an?|some|that|so|it|around)\b)|(?:clearly|explicitly)\b)
@@ -813,33 +801,19 @@ STRONG = re.compile(
     (?!\s+nothing)
     |you\s+(?:didn'?t|did\s+not)\s+(?:answer|say|tell|give|mention|include|use|follow|read|add|do|fix|address)\b
     |(?:it\s+|that\s+)?still\s+(?:wrong|fail|broken|doesn'?t|does\s+not|not\s+working|the\s+same)
-    |(?:try|do\ it|check|redo|rewrite)\ (?:it\ )?again\b)""",
-    re.I | re.X,
-)
-OWN_FAULT = re.compile(
-    r"\b(i\s+(mis\w+|made\s+a|meant\s+to|was\s+wrong|should\s+have)|my\s+(bad|mistake|fault|typo)|scratch\s+that|typo"
-    r"|wrong\s+(window|chat|tab)|ignore\s+(that|my)|not\s+saying|nothing\s+wrong|all\s+good|well\s+done"
-    r"|no\W+(problem|worries|need|rush|thanks?))\b",
-    re.I,
-)
-DENIAL = re.compile(
-    r"\b(wrong|incorrect|false|not\s+(true|right|correct|the\s+case|an\s+answer|what\s+i)|mistaken?|forgot|missed"
-    r"|misread|misunderstood|still)\b",
-    re.I,
-)
+    |(?:try|do\ it|check|redo|rewrite)\ (?:it\ )?again\b)""")
+OWN_FAULT = re.compile(r"""(?ix)\b(i\s+(mis\w+|made\s+a|meant\s+to|was\s+wrong|should\s+have)|my\s+(bad|mistake|fault|typo)
+    |scratch\s+that|typo|wrong\s+(window|chat|tab)|ignore\s+(that|my)|not\s+saying|nothing\s+wrong|all\s+good|well\s+done
+    |no\W+(problem|worries|need|rush|thanks?))\b""")
+DENIAL = re.compile(r"""(?ix)\b(wrong|incorrect|false|not\s+(true|right|correct|the\s+case|an\s+answer|what\s+i)|mistaken?
+    |forgot|missed|misread|misunderstood|still)\b""")
 THANKS = re.compile(r"^\W*(thanks|thank you|ty|perfect|great|exactly|yes|good|works|that works|👍)", re.I)
-APOLOGY = re.compile(
-    r"^(?:(?:(?:you'?re|you are) (?:absolutely )?right|(?:i'?m )?sorry|(?:my )?apologies|i apologi[sz]e|my mistake"
-    r"|good catch)[^.!\n]*[.!]\s*)+",
-    re.I,
-)
-REFUSAL = re.compile(
-    r"^\W*(i'?m (very |so )?sorry|i apologi[sz]e|i can'?t|i cannot|i'?m (not able|unable)|as an ai)\b", re.I
-)
-COMMON = set(
-    "about after again answer could does from have here into just more need only please should some tell than that"
-    " their them then there these they this those very want what when where which while will with would your".split()
-)
+APOLOGY = re.compile(r"""(?ix)^(?:(?:(?:you'?re|you\ are)\ (?:absolutely\ )?right|(?:i'?m\ )?sorry|(?:my\ )?apologies
+    |i\ apologi[sz]e|my\ mistake|good\ catch)[^.!\n]*[.!]\s*)+""")
+REFUSAL = re.compile(r"""(?ix)^\W*(i'?m\ (very\ |so\ )?sorry|i\ apologi[sz]e|i\ can'?t|i\ cannot|i'?m\ (not\ able|unable)
+    |as\ an\ ai)\b""")
+COMMON = """about after again answer could does from have here into just more need only please should some tell than that
+    their them then there these they this those very want what when where which while will with would your""".split()
 
 
 def is_correction(text):
@@ -849,7 +823,7 @@ def is_correction(text):
 
 
 def topics(text):
-    return set(re.findall(r"\w{4,}", text.lower())) - COMMON
+    return set(re.findall(r"\w{4,}", text.lower())).difference(COMMON)
 
 
 def corrections(turns):
@@ -924,22 +898,25 @@ KEYS = re.compile(  # what begins as only a key does; https://github.com/gitleak
     r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{8,})|https://hooks\.slack\.com/\S+"
     r"|-----BEGIN[ A-Z0-9_-]{0,100}PRIVATE KEY-----[^\x1e]*?(?:-----END[ A-Z0-9_-]*-----|(?=\x1e)|$)"
 )
-# a mark and a pattern a line; what its group (all of it, without one) matches is replaced, if it is not a mark already
-PRIVATE = r"""
-SECRET ://[^\s:/@]{0,99}:(?!\[[A-Z]+_\d)([^\s@/]{1,99})@
-SECRET (?i)authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?:bearer|basic|token)\s+(?!\[[A-Z]+_\d)([^\s\"']+)
-SECRET (?i)[?&](?:(?:access_|refresh_|id_)?token|api_key|client_secret|password|code|sig(?:nature)?|x-(?:amz|goog)-signature)=(?!\[[A-Z]+_\d)([^\s&\"']+)
-SECRET (?i)NAMED[:=]\s{0,3}[\"']?(?!xxx|<|\$\{|os\.environ|process\.env|example|changeme|\[[A-Z]+_\d|(?:bearer|basic|token)\s|[\w.]+[(\[])([^\s\"'&]{7,}[^\s\"'&,;.)])
+PARTS = {  # of the patterns below: names of what is secret; what is a mark already; what only stands for a secret
+    "NAMED": r"(?:api[_-]?key|secret|token|passw(?:or)?d|passwd|pwd|credential|auth(?!or|ent))[\w.-]{0,30}[\"']?\s{0,3}",
+    "MARK": r"(?!\[[A-Z]+_\d)",
+    "FAKE": r"xxx|<|\$\{|os\.environ|process\.env|example|changeme|(?:bearer|basic|token)\s|[\w.]+[(\[]",
+}
+PATTERNS = r"""
+SECRET ://[^\s:/@]{0,99}:MARK([^\s@/]{1,99})@
+SECRET (?i)authorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?:bearer|basic|token)\s+MARK([^\s\"']+)
+SECRET (?i)[?&](?:\w*token|api_key|client_secret|password|code|sig(?:nature)?|x-(?:amz|goog)-signature)=MARK([^\s&\"']+)
+SECRET (?i)NAMED[:=]\s{0,3}[\"']?MARK(?!FAKE)([^\s\"'&]{7,}[^\s\"'&,;.)])
 SECRET (?i)NAMEDis\s+[\"']?((?=[^\s\"']*\d)[^\s\"'&]{7,}[^\s\"'&,;.)])
 EMAIL \b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,4}\.[A-Za-z]{2,24}\b
 HOME (?:(?<![\w.])/(?:home|Users)/|[A-Za-z]:[\\/]{1,2}Users[\\/]{1,2})[^/\\\s\"':]+
 IBAN \b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}(?: ?[A-Z0-9]{1,3})?\b
 CARD \b\d(?:[ -]?\d){12,18}\b
 PHONE \+\d[\d ().-]{7,24}\d
-"""
-NAMED = r"(?:api[_-]?key|secret|token|passw(?:or)?d|passwd|pwd|credential|auth(?!or|ent))[\w.-]{0,30}[\"']?\s{0,3}"
-PRIVATE = [line.split(" ", 1) for line in PRIVATE.replace("NAMED", NAMED).strip().splitlines()]
-PRIVATE = [("SECRET", KEYS), *((kind, re.compile(pattern)) for kind, pattern in PRIVATE)]
+"""  # a mark and a pattern a line; what its group (all of it, without one) matches is replaced
+LINES = [re.sub("|".join(PARTS), lambda name: PARTS[name[0]], line) for line in PATTERNS.strip().splitlines()]
+PRIVATE = [("SECRET", KEYS), *((line.split(" ", 1)[0], re.compile(line.split(" ", 1)[1])) for line in LINES)]
 
 
 def is_card(text):
@@ -1002,9 +979,8 @@ def script(text):
 
 def why_not(row):
     """Return the reason to leave a pair out, or None."""
-    prompt, good, bad = texts = [
-        row[name][-1]["content"].replace("’", "'") for name in ("prompt", "chosen", "rejected")
-    ]
+    texts = [row[name][-1]["content"].replace("’", "'") for name in ("prompt", "chosen", "rejected")]
+    _, good, bad = texts
     ours, theirs = (Counter(plain(side).split()) for side in (good, bad))
     scripts, (short, long) = [script(text) for text in texts], sorted((len(good), len(bad)))
     checks = {
@@ -1086,7 +1062,9 @@ def make_report(rows, alone, parts, records, left_out, counts):
     longer = sum(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in rows) / max(len(rows), 1)
     homes, kinds = {r["home"] for r in rows}, Counter((r["source"], r["signal"]) for r in rows)
     splits = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
-    lines = ["# Pairs", f"{len(rows)} pairs of {len(homes)} conversations: {splits}; {len(alone)} rated answers alone."]
+    lines = ["# Pairs", f"{len(rows)} pairs of {len(homes)} conversations: {splits}; {len(alone)} rated answers alone"]
+    days = sorted(row["created"][:10] for row in rows if row["created"]) or ["unknown"]
+    lines[-1] += f"; {days[0]} to {days[-1]}."
     lines += [f"The chosen answer is the longer one in {longer:.2f} of the pairs."]
     if longer > 0.6:
         lines[-1] += " Warning: above 0.6 a model learns to write more; add pairs whose better answer is the shorter."
@@ -1095,9 +1073,10 @@ def make_report(rows, alone, parts, records, left_out, counts):
     lines += ["## Source and signal", table(kinds, "source", "signal", "pairs")]
     lines += [f"## What became of {records.total()} records", table(records, "a record came to, or was", "records")]
     lines += ["## Left out", table(left_out, "why", "prompts or pairs"), "## Redacted", table(counts, "what", "places")]
-    shown = [row for row in rows if row["signal"] == "correction"]
-    lines += ["## Samples, and all corrections, to be read: they are guesses", *map(sample, rows[:3] + shown)]
-    return "\n\n".join(lines) + "\n"
+    guesses = [row for row in rows if row["signal"] == "correction"]
+    lines += ["## Corrections, to be read: they are guesses", *map(sample, guesses)] if guesses else []
+    lines += ["## Samples", *map(sample, rows[:: max(1, len(rows) // 3)][:3])]
+    return re.sub(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "?", "\n\n".join(lines) + "\n")  # no control codes
 
 
 def sample(row):
@@ -1133,8 +1112,10 @@ def main():
     own = re.compile(rf"{re.escape(str(args.out.parent.resolve() / args.out.name))}(-\d+)?/")  # earlier outputs
     found = [path for source in args.sources for path in ([source] if source.is_file() else source.rglob("*"))]
     paths = sorted({path for path in found if path.is_file() and not own.match(str(path.resolve()))})
-    for path in paths:
+    for done, path in enumerate(paths, 1):
         chats.read(path)
+        if sys.stderr.isatty():
+            print(f"\rreading {done} of {len(paths)}", end="\n" * (done == len(paths)), file=sys.stderr, flush=True)
     rows, rated, reasons = make_rows(chats, args)
     rows, dropped = select(rows, args)
     used, alone = set().union(*(row["voted"] for row in rows)), defaultdict(list)
