@@ -553,7 +553,7 @@ def read_values(stream):
     encoding = json.detect_encoding(stream.read(4))
     stream.seek(0)
     text = io.TextIOWrapper(stream, "utf-8-sig" if "utf-8" in encoding else encoding, errors="replace")
-    step, line, buffer, end = 2**20, 1, text.read(2**20), 0
+    decode, step, line, buffer, end = json.JSONDecoder().raw_decode, 2**20, 1, text.read(2**20), 0
     first = buffer.lstrip()[:1]
     if first == "[":
         end = buffer.index("[") + 1
@@ -564,12 +564,13 @@ def read_values(stream):
         at = re.compile(r"[\s,]*").match(buffer, end).end()
         line += buffer.count("\n", end, at)
         try:
-            value, end = json.JSONDecoder().raw_decode(buffer, at)
+            value, end = decode(buffer, at)
+            step = 2**20
         except (ValueError, RecursionError):
             end = buffer.find("\n{", at) + 1  # where the next record begins, if this one is broken
             more = text.read(step) if not end and len(buffer) < 2**30 else ""
             if more:
-                step, buffer, end = (2 * step if at < len(buffer) else 2**20), buffer[at:] + more, 0
+                step, buffer, end = 2 * step, buffer[at:] + more, 0
                 continue
             if at == len(buffer) or first == "[" and buffer[at] == "]":
                 return
@@ -698,7 +699,7 @@ class Turns:
     def __init__(self, chat, rated):
         self.chat, self.rated, self.nodes, self.histories, self.at = chat, rated, chat.nodes, {}, {}
         self.answers, self.reasons, self.continued, self.active = defaultdict(dict), defaultdict(Counter), set(), set()
-        self.children, latest = defaultdict(list), {}
+        self.children, latest, self.said = defaultdict(list), {}, {}
         for order, (key, node) in enumerate(self.nodes.items()):
             inside = node["parent"] in self.nodes and node["parent"] != key
             self.children[node["parent"] if inside else None].append(key)
@@ -712,6 +713,10 @@ class Turns:
             while leaf in self.nodes and leaf not in self.active:  # what is on show
                 self.active.add(leaf)
                 leaf = self.nodes[leaf]["parent"]
+
+    def message(self, role, text):
+        """Return a message; the same one each time, since a history stands in many prompts."""
+        return self.said.setdefault((role, text), {"role": role, "content": text.replace("\x1e", "")})
 
     def walk(self, root, thread):
         """Follow a tree from its root, enter the branches that end in an answer; yield its keys."""
@@ -871,13 +876,14 @@ def make_rows(chats, args):
 
 def make_row(turns, thread, history, prompt, chosen, rejected, signal, share):
     """Return a row of an output file, and what is needed of it on the way there; rejected: None for a rated answer."""
-    messages, sides = [("user", prompt)], [side for side in (chosen, rejected) if side]
+    messages, sides = [turns.message("user", prompt)], [side for side in (chosen, rejected) if side]
     while history and len(messages) <= HISTORY:
         history, asked, answer = turns.steps[history]
-        messages = [("user", asked), ("assistant", answer), *messages] if answer is not None else messages
-    messages = [("system", turns.chat.system)] * bool(turns.chat.system) + messages
-    row = {"prompt": [{"role": role, "content": text} for role, text in messages]}
-    row |= {name: [{"role": "assistant", "content": a["text"]}] for name, a in zip(("chosen", "rejected"), sides)}
+        if answer is not None:
+            messages += [turns.message("assistant", answer), turns.message("user", asked)]
+    messages += [turns.message("system", turns.chat.system)] if turns.chat.system else []
+    row = {"prompt": messages[::-1]}
+    row |= {name: [turns.message("assistant", a["text"])] for name, a in zip(("chosen", "rejected"), sides)}
     row |= {"signal": signal, "weight": round(WEIGHTS[signal] * share, 3), "source": turns.chat.source}
     row |= {"conversation_id": thread, "created": None, "model": chosen["model"]}
     if chosen["time"]:
@@ -950,15 +956,15 @@ def redact(row, marks, counts):
         secrets.update({value: name} if kind == "SECRET" and len(value) > 5 else {})
         return found.group().replace(value, name)
 
-    text = "\n\x1e\n".join([str(row["model"] or ""), *(m["content"] for m in messages)])
+    text = "\n\x1e\n".join([str(row["model"] or "").replace("\x1e", ""), *(m["content"] for m in messages)])
     for kind, pattern in PRIVATE:
         text = pattern.sub(partial(mark, kind), text)
     for value, name in secrets.items():  # also where it stands without what gave it away elsewhere
         text = text.replace(value, name)
     row["model"], *texts = text.split("\n\x1e\n")
     kept = [len(re.sub(r"\[[A-Z]+_\d+\]", "", text)) / max(len(m["content"]), 1) for m, text in zip(messages, texts)]
-    for m, text in zip(messages, texts):
-        m["content"] = text
+    for name in row:
+        row[name] = [{**m, "content": texts.pop(0)} for m in row[name]] if items(row[name]) else row[name]
     return 1 - min(kept[-len({"chosen", "rejected"} & row.keys()) :])
 
 
