@@ -160,8 +160,9 @@ def clean(text):
     """Return what of a text a person saw, in letters that UTF-8 has."""
     text = text.encode("utf-8", "replace").decode()
     for start, end in FOLDED.items():  # up to the last end only: where none follows, each start would search for one
-        before, found, after = text.rpartition(end)
-        text = re.sub(f"{start}.*?{end}", "", before + found, flags=re.S) + after
+        if end in text:
+            before, _, after = text.rpartition(end)
+            text = re.sub(f"{start}.*?{end}", "", before + end, flags=re.S) + after
     return HIDDEN.sub("", text).strip()
 
 
@@ -855,7 +856,7 @@ def corrections(turns):
 
 
 def make_rows(chats, args):
-    """Return (rows, rows of rated answers, {(source, conversation): Counter of why prompts gave none})."""
+    """Return (rows, makers of rows of rated answers, {(source, conversation): Counter of why prompts gave none})."""
     rows, rated, reasons = [], [], defaultdict(Counter)
     for chat in chats.chats.values():
         turns = Turns(chat, chats.rated)
@@ -866,7 +867,7 @@ def make_rows(chats, args):
             place = thread, history, turns.nodes[answers[0]["user"]]["text"]
             pairs = [make_row(turns, *place, *found) for found in judge(answers, turns, chats)]
             voted = [a for a in answers if a["rating"] and (chat.alone or not chat.dataset)]
-            rated += [make_row(turns, *place, a, None, signal, 1) for a in voted]
+            rated += [partial(make_row, turns, *place, a, None, signal, 1) for a in voted]
             rows += pairs
             why = "several answers, none preferred" if len(answers) > 1 else "one answer, not rated"
             reasons[chat.source, thread][why] += not pairs and not voted
@@ -1125,9 +1126,11 @@ def main():
     rows, rated, reasons = make_rows(chats, args)
     rows, dropped = select(rows, args)
     used, alone = set().union(*(row["voted"] for row in rows)), defaultdict(list)
-    for row in rated:
-        alone[row["home"]] += [row] if not row["voted"] & used else []
-    alone = [row for found in alone.values() for row in found[: args.max_per_chat]]
+    for make in rated:  # its arguments: turns, thread, history, prompt, answer
+        turns, thread, answer = make.args[0], make.args[1], make.args[4]
+        if (id(turns.chat), answer["key"]) not in used and len(alone[id(turns), thread]) < args.max_per_chat:
+            alone[id(turns), thread].append(make())
+    alone = sum(alone.values(), [])
 
     marks, counts = defaultdict(dict), Counter()
     if args.no_redact:
