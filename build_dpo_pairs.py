@@ -175,7 +175,8 @@ def typed(text):
 
 
 def pieces(content):
-    """Yield (kind, text or name) of what stands in a message's text, block or blocks: text, call, sound, or else."""
+    """Yield (kind, text or name) of what stands in a message's text, block or blocks: text, call or another."""
+    heard = any(block.get("content_type") == "audio_transcription" for block in items(content))
     for block in content if isinstance(content, list) else [content]:
         block = block if isinstance(block, dict) else {"text": block}
         kind = str(first_of(block, "type", "content_type") or "text")
@@ -186,25 +187,27 @@ def pieces(content):
         if CALL.search(kind) and kind not in TEXT or "<tool_call>" in str(inner):
             yield "call", str(first_of(block, "name", "function_name") or part(block, "function").get("name"))
         elif kind not in TEXT and "transcript" not in block:
-            yield "sound" if "audio" in kind and not block.get("frames_asset_pointers") else kind, ""
+            if not (
+                heard and "audio" in kind and not block.get("frames_asset_pointers")
+            ):  # the sound of what is written
+                yield kind, ""
         else:
             yield from pieces(inner) if isinstance(inner, (dict, list)) else [("text", inner)] if inner else []
 
 
 def spoken(content, role, agent=False):
     """Return a message's text after its last call; whether a call ends it, made a document, more than text is there."""
-    said, call, made, others = [], False, False, set()
+    said, call, made, beside = [], False, False, False
     for kind, text in pieces(content):
         if kind == "call":
             said, call, made = [], True, made or bool(MAKES.search(text))
         elif kind == "text" and isinstance(text, str):
             said.append(typed(text) if agent and role == "user" else clean(text))
-            others |= {"mark"} if role == "user" and MARK.search(SPOKEN.sub("", text)) else set()
+            beside = beside or role == "user" and bool(MARK.search(SPOKEN.sub("", text)))
             call = call and not said[-1]
-        elif role == "user" or FILE.search(kind):
-            others.add(kind)
-    text = "\n\n".join(filter(None, said))
-    return text, call, made, bool(others - {"sound"} if text else others)
+        else:
+            beside = beside or role == "user" or bool(FILE.search(kind))
+    return "\n\n".join(filter(None, said)), call, made, beside
 
 
 def lies_beside(fields):
@@ -569,6 +572,7 @@ def read_values(stream):
             step = 2**20
         except (ValueError, RecursionError):
             end = buffer.find("\n{", at) + 1  # where the next record begins, if this one is broken
+            end = buffer.find("\n", at) + 1 if end and first == "{" else end
             more = text.read(step) if not end and len(buffer) < 2**30 else ""
             if more:
                 step, buffer, end = 2 * step, buffer[at:] + more, 0
