@@ -123,7 +123,7 @@ def twice(nodes):
     for key, parent, role, text, more in nodes:
         if role == "assistant" and parent in seen:
             asked = next(node for node in nodes if node[0] == parent)
-            renamed[parent] = parent + "2"
+            renamed[parent] = renamed.get(parent, parent) + "2"
             yield (renamed[parent], *asked[1:])
         seen.add(parent)
         yield key, renamed.get(parent, parent), role, text, more
@@ -162,13 +162,20 @@ def hermes(nodes):
         " timestamp REAL, finish_reason TEXT, observed DEFAULT 0, active DEFAULT 1, compacted DEFAULT 0, display_kind,"
         " display_metadata, attachments)"
     )
-    base.execute("INSERT INTO sessions VALUES ('s', 'cli', 'hermes-4', ?, 1)", [SECRET])
+    base.execute("INSERT INTO sessions VALUES (?, 'cli', 'hermes-4', ?, 1)", [f"s{nodes[0][0]}", SECRET])
     nodes = list(twice(nodes))
-    kept = {node[1] for node in nodes} | {nodes[-1][0]}
+    parents, key, live = {node[0]: node[1] for node in nodes}, nodes[-1][0], set()
+    while key and key not in live:
+        live.add(key)
+        key = parents.get(key)
     for i, (key, _, role, text, more) in enumerate(nodes):
-        gone = key == "a" or key == "u" and any(node[0] == "u2" for node in nodes)
-        row = {"session_id": "s", "role": role, "content": text, "timestamp": 1.7e9 + i}
-        row |= {"active": 0 if gone and key not in kept - {"u"} else 1} | more
+        row = {
+            "session_id": f"s{nodes[0][0]}",
+            "role": role,
+            "content": text,
+            "timestamp": 1.7e9 + i,
+            "active": int(key in live),
+        } | more
         base.execute(f"INSERT INTO messages ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
     base.commit()
     return {"state.db": base.serialize()}
