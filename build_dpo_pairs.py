@@ -232,8 +232,8 @@ class Chat:
     """A conversation as a tree of nodes, by key, in the order of their making.
 
     A node has its parent's key; a role: user, assistant, harness (in the user's place, but typed by nobody), note (the
-    same, and no turn where it stands within one) or hop (no turn); a text; a state: "" for whole, "call" where more must
-    follow, "cut" where nothing whole came of it; a bar: why no pair may rest on it; and a rating: more is better.
+    same, and no turn where it stands within one) or hop (no turn); a text; a state: "" for whole, "call" where more
+    must follow, "cut" where nothing whole came of it; a bar: why no pair may rest on it; a rating: more is better.
     """
 
     key = leaf = last = thread = None  # a thread is a chat among many, of which a forest consists
@@ -267,7 +267,7 @@ class Chat:
         if len(text) > LONGEST:
             text, bar = "", f"a message of more than {LONGEST} letters"
         if role in WITH_FILE and not (text or bar or state and role == "assistant"):
-            role = "harness" if role == "user" and self.agent and content and clean(str(content)) else "hop"
+            role = "harness" if role == "user" and self.agent and spoken(blocks, "")[0] else "hop"
         time, rating = first_of(m, "timestamp", "created_at", "create_time"), part(m, "annotation").get("rating")
         node = {"parent": self.last if parent is False else str(parent), "role": role, "text": text, "state": state}
         node |= {"bar": bar, "made": made, "time": when(time), "model": first_of(m, "model", "model_name")}
@@ -528,7 +528,7 @@ for source, columns, prompts, scores in ROWS:
 
 
 def open_members(name, stream, left, depth=0):
-    """Yield (name, stream) of a file, or of each file in an archive, unpacked; left: [bytes that may come out of it]."""
+    """Yield (name, stream) of a file, or of each file in an archive; left: [bytes that may come out of it]."""
     head, packed = stream.read(4), None
     stream.seek(0)
     if head[:2] == b"\x1f\x8b":
@@ -553,7 +553,7 @@ def open_members(name, stream, left, depth=0):
 
 
 def read_values(stream):
-    """Yield (line, value) of the JSON in a stream, one at a time: a list's elements, one a line, or one; None: broken."""
+    """Yield (line, value) of a stream's JSON, one at a time: a list's elements, one a line, or one; None: broken."""
     encoding = json.detect_encoding(stream.read(4))
     stream.seek(0)
     text = io.TextIOWrapper(stream, "utf-8-sig" if "utf-8" in encoding else encoding, errors="replace")
@@ -686,7 +686,7 @@ class Chats:
 # -------------------------------------------------------------------------------------------------------------- pairs
 
 # where a node stands: its prompt's key, the number of the history before that, the latest text of the answer; whether
-# more must follow, nothing whole can, a document was made; why no pair may rest on it; whether nobody typed what was last
+# more must follow, nothing whole can, a document was made; why no pair may rest on it; whether nobody typed the last
 Place = namedtuple("Place", "user history last call cut made bar idle", defaults=(None, 0, None, 0, 0, 0, "", 0))
 
 
@@ -775,7 +775,7 @@ class Turns:
         self.answers[thread, at.history, " ".join(self.nodes[at.user]["text"].split())][at.last] = answer
 
 
-def judge(answers, turns, chats):
+def compare_answers(answers, turns, chats):
     """Yield (chosen, rejected, signal, share of the weight): of a prompt's answers the best against each worse one."""
 
     def beats(a, b):
@@ -812,18 +812,19 @@ STRONG = re.compile(r"""(?ix)^\W*(?:
     |you\s+(?:didn'?t|did\s+not)\s+(?:answer|say|tell|give|mention|include|use|follow|read|add|do|fix|address)\b
     |(?:it\s+|that\s+)?still\s+(?:wrong|fail|broken|doesn'?t|does\s+not|not\s+working|the\s+same)
     |(?:try|do\ it|check|redo|rewrite)\ (?:it\ )?again\b)""")
-OWN_FAULT = re.compile(r"""(?ix)\b(i\s+(mis\w+|made\s+a|meant\s+to|was\s+wrong|should\s+have)|my\s+(bad|mistake|fault|typo)
-    |scratch\s+that|typo|wrong\s+(window|chat|tab)|ignore\s+(that|my)|not\s+saying|nothing\s+wrong|all\s+good|well\s+done
-    |no\W+(problem|worries|need|rush|thanks?))\b""")
-DENIAL = re.compile(r"""(?ix)\b(wrong|incorrect|false|not\s+(true|right|correct|the\s+case|an\s+answer|what\s+i)|mistaken?
-    |forgot|missed|misread|misunderstood|still)\b""")
+OWN_FAULT = re.compile(r"""(?ix)\b(i\s+(mis\w+|made\s+a|meant\s+to|was\s+wrong|should\s+have)|scratch\s+that|typo
+    |my\s+(bad|mistake|fault|typo)|wrong\s+(window|chat|tab)|ignore\s+(that|my)|not\s+saying|nothing\s+wrong
+    |all\s+good|well\s+done|no\W+(problem|worries|need|rush|thanks?))\b""")
+DENIAL = re.compile(r"""(?ix)\b(wrong|incorrect|false|not\s+(true|right|correct|the\s+case|an\s+answer|what\s+i)
+    |mistaken?|forgot|missed|misread|misunderstood|still)\b""")
 THANKS = re.compile(r"^\W*(thanks|thank you|ty|perfect|great|exactly|yes|good|works|that works|👍)", re.I)
 APOLOGY = re.compile(r"""(?ix)^(?:(?:(?:you'?re|you\ are)\ (?:absolutely\ )?right|(?:i'?m\ )?sorry|(?:my\ )?apologies
     |i\ apologi[sz]e|my\ mistake|good\ catch)[^.!\n]*[.!]\s*)+""")
-REFUSAL = re.compile(r"""(?ix)^\W*(i'?m\ (very\ |so\ )?sorry|i\ apologi[sz]e|i\ can'?t|i\ cannot|i'?m\ (not\ able|unable)
-    |as\ an\ ai)\b""")
-COMMON = """about after again answer could does from have here into just more need only please should some tell than that
-    their them then there these they this those very want what when where which while will with would your""".split()
+REFUSAL = re.compile(r"""(?ix)^\W*(i'?m\ (very\ |so\ )?sorry|i\ apologi[sz]e|i\ can'?t|i\ cannot
+    |i'?m\ (not\ able|unable)|as\ an\ ai)\b""")
+COMMON = """about after again answer could does from have here into just more need only please should some tell
+    than that their them then there these they this those very want what when where which while will with would
+    your""".split()
 
 
 def is_correction(text):
@@ -869,7 +870,7 @@ def make_rows(chats, args):
         for (thread, history, _), answers in turns.answers.items():
             answers, signal = list(answers.values()), "dataset" if chat.dataset else "rating"
             place = thread, history, turns.nodes[answers[0]["user"]]["text"]
-            pairs = [make_row(turns, *place, *found) for found in judge(answers, turns, chats)]
+            pairs = [make_row(turns, *place, *found) for found in compare_answers(answers, turns, chats)]
             voted = [a for a in answers if a["rating"] and (chat.alone or not chat.dataset)]
             rated += [partial(make_row, turns, *place, a, None, signal, 1) for a in voted]
             rows += pairs
@@ -910,7 +911,7 @@ KEYS = re.compile(  # what begins as only a key does; https://github.com/gitleak
     r"|-----BEGIN[ A-Z0-9_-]{0,100}PRIVATE KEY-----[^\x1e]*?(?:-----END[ A-Z0-9_-]*-----|(?=\x1e)|$)"
 )
 PARTS = {  # of the patterns below: names of what is secret; what is a mark already; what only stands for a secret
-    "NAMED": r"(?:api[_-]?key|secret|token|passw(?:or)?d|passwd|pwd|credential|auth(?!or|ent))[\w.-]{0,30}[\"']?\s{0,3}",
+    "NAMED": r"(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|credential|auth(?!or|ent))[\w.-]{0,30}[\"']?\s{0,3}",
     "MARK": r"(?!\[[A-Z]+_\d)",
     "FAKE": r"xxx|<|\$\{|os\.environ|process\.env|example|changeme|(?:bearer|basic|token)\s|[\w.]+[(\[]",
 }
@@ -982,7 +983,7 @@ def plain(text):
     return " ".join(text.casefold().split())
 
 
-def script(text):
+def script_of(text):
     """Return the script of most of a text's letters, as LATIN or CJK; None of fewer than 20."""
     letters = [unicodedata.name(c, "?").split()[0] for c in text[:2000] if c.isalpha()]
     return Counter(letters).most_common(1)[0][0] if len(letters) >= 20 else None
@@ -993,7 +994,7 @@ def why_not(row):
     texts = [row[name][-1]["content"].replace("’", "'") for name in ("prompt", "chosen", "rejected")]
     _, good, bad = texts
     ours, theirs = (Counter(plain(side).split()) for side in (good, bad))
-    scripts, (short, long) = [script(text) for text in texts], sorted((len(good), len(bad)))
+    scripts, (short, long) = [script_of(text) for text in texts], sorted((len(good), len(bad)))
     checks = {
         "an empty prompt or answer": not all(map(str.strip, texts)),
         "equal answers": plain(good) == plain(bad),
@@ -1015,7 +1016,7 @@ def leads(worse, start, end):
     return end in seen
 
 
-def select(rows, args):
+def select_pairs(rows, args):
     """Return the rows that pass, strongest signals first in each conversation, and (row, why not) of the others."""
     dropped, kept, worse, taken = [], {}, defaultdict(lambda: defaultdict(dict)), Counter()
     for number, row in enumerate(sorted(rows, key=lambda row: -row["weight"])):
@@ -1038,7 +1039,7 @@ def select(rows, args):
     return list(kept.values()), dropped
 
 
-def split(rows, args):
+def split_by_chat(rows, args):
     """Return {"train", "valid", "test": rows}, by conversation: none, and no prompt, is in two of them."""
     home, groups = {}, defaultdict(list)  # {conversation or prompt: all that share one, in one set}
     for row in rows:
@@ -1061,14 +1062,14 @@ def split(rows, args):
 # --------------------------------------------------------------------------------------------------------------- main
 
 
-def table(counter, *heads):
+def markdown_table(counter, *heads):
     """Return a Counter as a Markdown table, the largest first; its keys are texts, or tuples of several columns."""
     cells = [(*(key if isinstance(key, tuple) else (key,)), number) for key, number in counter.most_common() if number]
     rows = [f"| {' | '.join(map(str, row))} |" for row in [heads, ["---"] * len(heads), *cells]]
     return "\n".join(rows) if cells else "none"
 
 
-def make_report(rows, alone, parts, records, left_out, counts):
+def report_of(rows, alone, parts, records, left_out, counts):
     """Return report.md's text; records: what became of each that was read; left_out: why prompts and pairs were."""
     longer = sum(len(r["chosen"][0]["content"]) > len(r["rejected"][0]["content"]) for r in rows) / max(len(rows), 1)
     homes, kinds = {r["home"] for r in rows}, Counter((r["source"], r["signal"]) for r in rows)
@@ -1081,23 +1082,31 @@ def make_report(rows, alone, parts, records, left_out, counts):
         lines[-1] += " Warning: above 0.6 a model learns to write more; add pairs whose better answer is the shorter."
     if len(rows) < 100:
         lines += ["Warning: fewer than 100 pairs are soon learnt by heart."]
-    lines += ["## Source and signal", table(kinds, "source", "signal", "pairs")]
-    lines += [f"## What became of {records.total()} records", table(records, "a record came to, or was", "records")]
-    lines += ["## Left out", table(left_out, "why", "prompts or pairs"), "## Redacted", table(counts, "what", "places")]
+    lines += ["## Source and signal", markdown_table(kinds, "source", "signal", "pairs")]
+    lines += [
+        f"## What became of {records.total()} records",
+        markdown_table(records, "a record came to, or was", "records"),
+    ]
+    lines += [
+        "## Left out",
+        markdown_table(left_out, "why", "prompts or pairs"),
+        "## Redacted",
+        markdown_table(counts, "what", "places"),
+    ]
     guesses = [row for row in rows if row["signal"] == "correction"]
-    lines += ["## Corrections, to be read: they are guesses", *map(sample, guesses)] if guesses else []
-    lines += ["## Samples", *map(sample, rows[:: max(1, len(rows) // 3)][:3])]
+    lines += ["## Corrections, to be read: they are guesses", *map(shown_pair, guesses)] if guesses else []
+    lines += ["## Samples", *map(shown_pair, rows[:: max(1, len(rows) // 3)][:3])]
     return re.sub(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]", "?", "\n\n".join(lines) + "\n")  # no control codes
 
 
-def sample(row):
+def shown_pair(row):
     """Return the beginnings of a row's texts as a Markdown list, in letters that a terminal can show."""
     names = ("prompt", "chosen", "rejected")
     texts = [f"  - {name}: {' '.join(row[name][-1]['content'].split())[:300]}" for name in names]
     return "\n".join([f"- {row['signal']}, {row['source']}", *texts])
 
 
-def write(folder, parts, report, redacted):
+def write_folder(folder, parts, report, redacted):
     """Write all files, or none: under another name until all are there; an older folder of this name moves aside."""
     texts = [m["content"] for rows in parts.values() for row in rows for value in row.values() for m in items(value)]
     if redacted and any(map(KEYS.search, [report, *texts])):
@@ -1128,7 +1137,7 @@ def main():
         if sys.stderr.isatty():
             print(f"\rreading {done} of {len(paths)}", end="\n" * (done == len(paths)), file=sys.stderr, flush=True)
     rows, rated, reasons = make_rows(chats, args)
-    rows, dropped = select(rows, args)
+    rows, dropped = select_pairs(rows, args)
     used, alone = set().union(*(row["voted"] for row in rows)), defaultdict(list)
     for make in rated:  # its arguments: turns, thread, history, prompt, answer
         turns, thread, answer = make.args[0], make.args[1], make.args[4]
@@ -1160,13 +1169,13 @@ def main():
         more = "" if args.corrections else "; --corrections looks for corrected answers, too"
         why = "; ".join(f"{number} {reason}" for reason, number in (records | left_out).most_common() if number)
         sys.exit(f"no pair in {len(paths)} files, {records.total()} records: looked for {looked}{more}. {why}")
-    parts = split(rows, args)
-    report = make_report(rows, alone, parts, records, left_out, counts)
+    parts = split_by_chat(rows, args)
+    report = report_of(rows, alone, parts, records, left_out, counts)
     if not args.dry_run:
         inner, names = ("home", "voted", "label"), ("prompt", "chosen", "label", "signal")
         parts = {name: [{k: row[k] for k in row if k not in inner} for row in part] for name, part in parts.items()}
         parts["unpaired"] = [{k.replace("chosen", "completion"): row[k] for k in names} for row in alone]
-        write(args.out, {name: part for name, part in parts.items() if part}, report, not args.no_redact)
+        write_folder(args.out, {name: part for name, part in parts.items() if part}, report, not args.no_redact)
         report += f"\nNext: python dpo_trainer.py --data {args.out} --model ..."
     print(report.encode("utf-8", "replace").decode())
 
@@ -1176,5 +1185,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except BrokenPipeError:  # the report went into head or less, which has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         sys.exit(f"{Path(__file__).name}: {error}: make room there, or choose another --out")

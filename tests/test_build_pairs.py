@@ -31,10 +31,9 @@ from test_sources import (
     run,
     save,
 )
-from test_sources import studio, texts, twice, webui
+from test_sources import studio, texts, webui
 
 import build_dpo_pairs as build
-import dpo_trainer
 
 
 def pair(index, chosen=GOOD, rejected=BAD, prompt=None):

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import zipfile
 from collections import namedtuple
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
