@@ -103,10 +103,17 @@ HARNESS = re.compile(  # how an agent's program begins what it says in the user'
     r"\s*(?:<[a-z]+[-_]|Caveat: The messages below|Stop hook feedback:|# AGENTS\.md instructions|\[(?:System|SYSTEM)"
     r"|This session is being continued|\[CONTEXT COMPACTION|Review the conversation above and |\[Request interrupted)"
 )
-STOPPED = set(  # how an answer ends of which a part is missing, in any of the sources
-    "max_tokens length user_canceled error content_filter interrupted in_progress finished_partial_completion failed"
-    " userStopped maxPredictedTokensReached contextLengthReached modelUnloaded".split()
-)
+# how an answer ends of which a part is missing, in any of the sources
+STOPPED = {
+    "max_tokens",
+    "length",
+    "error",
+    "content_filter",
+    "interrupted",
+    "in_progress",
+    "finished_partial_completion",
+}
+STOPPED |= {"user_canceled", "userStopped", "maxPredictedTokensReached", "contextLengthReached", "failed"}
 GOOD, BAD = ("1", "thumbsup", "👍", "❤", "🎉", "🔥", "💯"), ("-1", "thumbsdown", "👎", "😠")
 BESIDE = "a prompt with, or after, a picture, file, document or voice that is not in its text"
 ELSEWHERE = "an answer, or one after it, whose picture, file or document is not in its text"
@@ -186,11 +193,8 @@ def pieces(content):
             continue
         if CALL.search(kind) and kind not in TEXT or "<tool_call>" in str(inner):
             yield "call", str(first_of(block, "name", "function_name") or part(block, "function").get("name"))
-        elif kind not in TEXT and "transcript" not in block:
-            if not (
-                heard and "audio" in kind and not block.get("frames_asset_pointers")
-            ):  # the sound of what is written
-                yield kind, ""
+        elif kind not in TEXT and "transcript" not in block:  # nothing, where it is the sound of what is written
+            yield from [] if heard and "audio" in kind and not block.get("frames_asset_pointers") else [(kind, "")]
         else:
             yield from pieces(inner) if isinstance(inner, (dict, list)) else [("text", inner)] if inner else []
 
@@ -212,10 +216,8 @@ def spoken(content, role, agent=False):
 
 def lies_beside(fields):
     """Whether a picture, a file, a document or a voice lies in a message's fields."""
-    names = [
-        name for name, value in fields.items() if value not in (None, True, False, 0, "", "[]", "{}", "null", [], {})
-    ]
-    return any(map(FILE.search, names))
+    empty = (None, True, False, "", "[]", "{}", "null", [], {})
+    return any(FILE.search(name) for name, value in fields.items() if value not in empty)
 
 
 # ------------------------------------------------------------------------------------------------------------- chats
@@ -236,18 +238,12 @@ class Chat:
     must follow, "cut" where nothing whole came of it; a bar: why no pair may rest on it; a rating: more is better.
     """
 
-    key = leaf = last = thread = None  # a thread is a chat among many, of which a forest consists
+    key = leaf = last = thread = model = None  # a thread is a chat among many, of which a forest consists
     updated, skip, system, dataset, alone, forest = 0, "", "", False, False, False
 
     def __init__(self, source, agent, votes):
-        self.source, self.agent, self.votes, self.nodes, self.records, self.turns = (
-            source,
-            agent,
-            votes,
-            {},
-            Counter(),
-            [],
-        )
+        self.source, self.agent, self.votes = source, agent, votes
+        self.nodes, self.records, self.turns = {}, Counter(), []
 
     def add(self, m, key=None, parent=False, state="", bar="", **facts):
         """Add a message (a dict, its fields called as in any of the sources) after parent (False: after the last one).
@@ -287,11 +283,8 @@ def has(*names):
 
 @reads("chatgpt", lambda r: isinstance(r.get("mapping"), dict))
 def read_chatgpt(chat, r):
-    chat.key, chat.updated, chat.leaf = (
-        first_of(r, "conversation_id", "id"),
-        r.get("update_time"),
-        r.get("current_node"),
-    )
+    chat.key, chat.updated = first_of(r, "conversation_id", "id"), r.get("update_time")
+    chat.leaf = r.get("current_node")
     for key in r["mapping"]:
         node, m = part(r["mapping"], key), part(r["mapping"], key, "message")
         meta, content, role = part(m, "metadata"), part(m, "content"), part(m, "author").get("role")
@@ -344,14 +337,8 @@ def read_claude_code(chat, r):
         other = part(r, "origin").get("kind") not in (None, "human")
         tool = cut or any(block.get("type") == "tool_result" for block in items(content))
         role = "hop" if tool else "note" if note else "harness" if other else role
-    before = chat.nodes.get(parent, {"role": ""})
-    if (
-        role == "assistant" == before["role"]
-        and before["mid"] == mid
-        and text
-        and before["text"]
-        and not before["state"]
-    ):
+    before = chat.nodes.get(parent, {})
+    if role == "assistant" and text and before.get("text") and before["mid"] == mid and not before["state"]:
         content = [before["text"], text]  # a message is a record for each of its blocks
     said = {"role": role, "content": content, "imagePasteIds": r.get("imagePasteIds"), "model": m.get("model")}
     said |= {"timestamp": r.get("timestamp"), "error": cut}
@@ -372,8 +359,8 @@ def read_codex(chat, r):
     if r.get("type") in (None, "session_meta"):
         chat.key, chat.skip = chat.key or p.get("id"), MACHINE if isinstance(p.get("source"), dict) else ""
     elif event and kind == "thread_rolled_back" and chat.turns:
-        chat.turns, gone = chat.turns[: -int(p.get("num_turns") or 1)], chat.turns[-int(p.get("num_turns") or 1) :]
-        chat.last = gone[0]  # what was last before that turn
+        back = int(p.get("num_turns") or 1)
+        chat.last, chat.turns = chat.turns[-back:][0], chat.turns[:-back]  # what was last before that turn
     elif event and kind in ("turn_aborted", "error", "user_message"):
         aside = kind == "user_message" and lies_beside(p)
         chat.add({"error": kind != "user_message"}, bar=BESIDE if aside else "")
@@ -1083,16 +1070,9 @@ def report_of(rows, alone, parts, records, left_out, counts):
     if len(rows) < 100:
         lines += ["Warning: fewer than 100 pairs are soon learnt by heart."]
     lines += ["## Source and signal", markdown_table(kinds, "source", "signal", "pairs")]
-    lines += [
-        f"## What became of {records.total()} records",
-        markdown_table(records, "a record came to, or was", "records"),
-    ]
-    lines += [
-        "## Left out",
-        markdown_table(left_out, "why", "prompts or pairs"),
-        "## Redacted",
-        markdown_table(counts, "what", "places"),
-    ]
+    lines += [f"## What became of {records.total()} records", markdown_table(records, "it came to, or was", "records")]
+    lines += ["## Left out", markdown_table(left_out, "why", "prompts or pairs")]
+    lines += ["## Redacted", markdown_table(counts, "what", "places")]
     guesses = [row for row in rows if row["signal"] == "correction"]
     lines += ["## Corrections, to be read: they are guesses", *map(shown_pair, guesses)] if guesses else []
     lines += ["## Samples", *map(shown_pair, rows[:: max(1, len(rows) // 3)][:3])]
