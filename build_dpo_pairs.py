@@ -646,7 +646,7 @@ class Chats:
             if isinstance(record, dict):
                 frames, kind = traceback.extract_tb(error.__traceback__), type(error).__name__
                 where = next((frame for frame in frames if frame.name.startswith("read_")), frames[-1])
-                fate = f"of which {where.name}, line {where.lineno}, said {kind}"
+                fate = f"{kind} in {where.name}, line {where.lineno}"
                 if fate not in self.fates:
                     print(f"{name}:{number}: {fate}: {str(error)[:300]}: passed over")
         self.fates[fate] += bool(fate)
@@ -954,7 +954,8 @@ def redact(row, marks, counts):
         text = pattern.sub(partial(mark, kind), text)
     for value, name in secrets.items():  # also where it stands without what gave it away elsewhere
         text = text.replace(value, name)
-    row["model"], *texts = text.split("\n\x1e\n")
+    model, *texts = text.split("\n\x1e\n")
+    row["model"] = model or None
     kept = [len(re.sub(r"\[[A-Z]+_\d+\]", "", text)) / max(len(m["content"]), 1) for m, text in zip(messages, texts)]
     for name in row:
         row[name] = [{**m, "content": texts.pop(0)} for m in row[name]] if items(row[name]) else row[name]
@@ -1099,12 +1100,13 @@ def write_folder(folder, parts, report, redacted):
             with open(unfinished / f"{name}.jsonl", "w", encoding="utf-8", errors="replace") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (unfinished / "report.md").write_text(report, encoding="utf-8", errors="replace")
-        if folder.exists():
-            older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
-            print(f"The earlier {folder} is now {folder.rename(older)}")
+        older = next(path for n in range(1, 10**6) if not (path := Path(f"{folder}-{n}")).exists())
+        moved = folder.exists() and folder.rename(older)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    if moved:
+        print(f"The earlier {folder} is now {older}")
 
 
 def main():

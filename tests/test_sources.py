@@ -653,4 +653,4 @@ def test_the_reader_in_the_docstring(tmp_path):
     assert done.returncode == 0, done.stderr
     [row] = read_rows(tmp_path / "out" / "train.jsonl")
     assert texts(row) == ([Q], GOOD, BAD) and (row["source"], row["signal"]) == ("starlog", "rating")
-    assert re.search(r"log\.jsonl:2: .*read_starlog.*TypeError.*not iterable", done.stdout), "the reader's own error"
+    assert re.search(r"log\.jsonl:2: TypeError in read_starlog, line \d+: .*not iterable", done.stdout), "the reader's own error"
