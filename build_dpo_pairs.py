@@ -50,8 +50,10 @@ from pathlib import Path
 
 # what a pair says, strongest first, and how much of its loss counts; half of it where the sign is faint
 WEIGHTS = {"comparison": 1.0, "rating": 1.0, "dataset": 1.0, "regenerate": 0.7, "correction": 0.4}
-RIVALS, HISTORY = 3, 40  # at most: worse answers that are paired with a prompt's best one, messages before a prompt
-LONGEST, UNPACKED = 2**18, 2**33  # at most: letters of a message in a pair, bytes that come out of an archive
+RIVALS = 3  # worse answers to one prompt that are paired with its best
+HISTORY = 40  # messages before a prompt, at most: the latest
+LONGEST = 2**18  # letters of a message: what is longer is in no pair
+UNPACKED = 2**33  # bytes that come out of one archive, at most
 
 
 def parse_args(words):
@@ -114,11 +116,13 @@ STOPPED = {
     "finished_partial_completion",
 }
 STOPPED |= {"user_canceled", "userStopped", "maxPredictedTokensReached", "contextLengthReached", "failed"}
-GOOD, BAD = ("1", "thumbsup", "👍", "❤", "🎉", "🔥", "💯"), ("-1", "thumbsdown", "👎", "😠")
+GOOD = ("1", "thumbsup", "👍", "❤", "🎉", "🔥", "💯")
+BAD = ("-1", "thumbsdown", "👎", "😠")
 BESIDE = "a prompt with, or after, a picture, file, document or voice that is not in its text"
 ELSEWHERE = "an answer, or one after it, whose picture, file or document is not in its text"
 STEERED = "an answer, or one after it, that was steered while it was written"
-NOBODY, MACHINE = "a prompt after words that no person asked for", "a session that no person led"
+NOBODY = "a prompt after words that no person asked for"
+MACHINE = "a session that no person led"
 WITH_FILE = {"user": BESIDE, "assistant": ELSEWHERE}
 
 
@@ -1008,6 +1012,9 @@ def select_pairs(rows, args):
     """Return the rows that pass, strongest signals first in each conversation, and (row, why not) of the others."""
     dropped, kept, worse, taken = [], {}, defaultdict(lambda: defaultdict(dict)), Counter()
     for number, row in enumerate(sorted(rows, key=lambda row: -row["weight"])):
+        if taken[row["home"]] >= args.max_per_chat:
+            dropped.append((row, f"more than {args.max_per_chat} pairs of a conversation"))
+            continue
         good, bad = (plain(row[side][0]["content"]) for side in ("chosen", "rejected"))
         known = worse[tuple(message["content"] for message in row["prompt"])]
         reason, other = why_not(row), known[bad].get(good)
@@ -1017,8 +1024,6 @@ def select_pairs(rows, args):
             reason = "a contradiction"
             if other in kept and kept[other]["weight"] == row["weight"]:
                 dropped.append((kept.pop(other), reason))
-        elif not reason and taken[row["home"]] >= args.max_per_chat:
-            reason = f"more than {args.max_per_chat} pairs of a conversation"
         if reason:
             dropped.append((row, reason))
         else:
