@@ -494,6 +494,18 @@ def test_an_answer_that_was_steered(name, tmp_path):
         ]
 
 
+def test_two_prompts_in_a_row(tmp_path):
+    """The first is left out where its answer is on another branch, no pair rests on it where it was never answered."""
+    first = [("0", None, "user", Q, {}), ("1", "0", "assistant", BAD, {}), ("2", "1", "user", "Good.", {})]
+    second = [(key, parent or "2", *rest) for key, parent, *rest in retry(q="Is it far?")]
+    answered = first + [("3", "2", "assistant", BYE, {})] + second
+    assert pairs(run(tmp_path / "0", code(answered))) == [([Q, BAD, "Is it far?"], GOOD, BAD)]
+    done = run(tmp_path / "1", code(first + second))
+    assert done.code == 1 and "a prompt after one that got no whole answer" in done.text
+    again = [(key, parent or "2", *rest) for key, parent, *rest in retry(q="Good.")]
+    assert pairs(run(tmp_path / "2", code(first + again))) == [([Q, BAD, "Good."], GOOD, BAD)], "only sent once more"
+
+
 def test_two_models_at_once(tmp_path):
     """The last answer is on show whatever the person thinks: going on from one is a weak sign, a thumb a strong one."""
     lanes = {"u": {"models": ["x", "y"]}, "a": {"model": "x", "modelIdx": 0}, "b": {"model": "y", "modelIdx": 1}}
@@ -653,4 +665,6 @@ def test_the_reader_in_the_docstring(tmp_path):
     assert done.returncode == 0, done.stderr
     [row] = read_rows(tmp_path / "out" / "train.jsonl")
     assert texts(row) == ([Q], GOOD, BAD) and (row["source"], row["signal"]) == ("starlog", "rating")
-    assert re.search(r"log\.jsonl:2: TypeError in read_starlog, line \d+: .*not iterable", done.stdout), "the reader's own error"
+    assert re.search(r"log\.jsonl:2: TypeError in read_starlog, line \d+: .*not iterable", done.stdout), (
+        "the reader's own error"
+    )
