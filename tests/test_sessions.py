@@ -2,7 +2,6 @@
 them, and those say the same as data/pairs.jsonl: the helpful answer is the better one, and length says nothing."""
 
 import json
-import re
 import sqlite3
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import zipfile
 from collections import Counter
 from contextlib import closing
 
-import pytest
 from conftest import ROOT, run_script
 
 sys.path.insert(0, str(ROOT / "data"))
@@ -39,65 +37,38 @@ def read_rows(*paths):
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """The committed pairs, of all splits."""
-    return read_rows(*(PAIRS / name for name in SPLITS))
-
-
-def test_the_script_writes_the_logs_again(tmp_path):
+def test_logs_and_pairs_are_written_again(tmp_path):
     words = [sys.executable, str(ROOT / "data" / "make_sessions.py"), str(tmp_path / "sessions")]
     process = subprocess.run(words, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert files(tmp_path / "sessions") == files(SESSIONS)
-    again = subprocess.run(words, capture_output=True, text=True)
-    assert again.returncode == 1 and "is not empty" in again.stderr
-
-
-def test_the_logs_are_small_and_of_four_programs():
-    names = {path.name for path in SESSIONS.iterdir()}
-    assert names == {"chatgpt-export.zip", "claude-projects", "hermes", "open-webui-export.json"}
-    assert sum(path.stat().st_size for path in SESSIONS.rglob("*") if path.is_file()) < 900_000
-
-
-def test_the_pairs_are_those_of_the_logs(tmp_path):
     process = run_script("data/sessions", "--corrections", "--out", tmp_path / "pairs", script="build_dpo_pairs.py")
     assert process.returncode == 0, process.stderr
     for name in (*SPLITS, "unpaired.jsonl"):
         assert read_rows(tmp_path / "pairs" / name) == read_rows(PAIRS / name), name
 
 
-def test_every_signal_is_there_and_the_right_way_round(rows):
+def test_every_signal_is_there_and_the_right_way_round():
+    rows, alone = read_rows(*(PAIRS / name for name in SPLITS)), read_rows(PAIRS / "unpaired.jsonl")
     counts = Counter(row["signal"] for row in rows)
     assert counts.keys() == {"comparison", "rating", "regenerate", "correction"} and min(counts.values()) >= 60, counts
     assert {row["source"] for row in rows} == {"chatgpt", "claude-code", "hermes", "open-webui"}
     for row in rows:
         assert world.manner(row["chosen"][0]["content"]) == "helpful", row
         assert world.manner(row["rejected"][0]["content"]) == "evasive", row
-    for row in read_rows(PAIRS / "unpaired.jsonl"):
+    for row in alone:
         assert world.manner(row["completion"][0]["content"]) == ("helpful" if row["label"] else "evasive"), row
-
-
-@pytest.mark.parametrize("length", [len, world.count_words])
-def test_the_longer_answer_is_not_the_better_one(rows, length):
     pairs = [{side: row[side][0]["content"] for side in ("chosen", "rejected")} for row in rows]
-    assert 0.45 <= world.length_report(pairs, length)[2] <= 0.55
-
-
-def test_no_prompt_is_one_of_the_test_rows(rows):
-    keys = lambda prompts: {json.dumps([(m["role"], m["content"]) for m in prompt]) for prompt in prompts}
+    for length in (len, world.count_words):
+        assert 0.45 <= world.length_report(pairs, length)[2] <= 0.55, "the longer answer is not the better one"
+    asked = {m["content"] for row in [*rows, *alone] for m in row["prompt"] if m["role"] == "user"}
     tests = [world.prompt_messages(row) for row in read_rows(ROOT / "data" / "test.jsonl")]
-    rated = [row["prompt"] for row in read_rows(PAIRS / "unpaired.jsonl")]
-    prompts = [row["prompt"] for row in rows] + rated
-    assert not keys(tests) & keys(prompts)
-    asked = {m["content"] for prompt in prompts for m in prompt if m["role"] == "user"}
-    assert not asked & {prompt[0]["content"] for prompt in tests if len(prompt) == 1}
+    assert not asked & {prompt[0]["content"] for prompt in tests if len(prompt) == 1}, "no prompt of the test rows"
 
 
 def test_what_is_private_is_not_in_the_pairs():
     logs = repr(files(SESSIONS))
-    assert re.search(r"\w@example\.\w", logs) and re.search(r"in /(home|Users)/\w+/", logs)
     text = "".join((PAIRS / name).read_text() for name in (*SPLITS, "unpaired.jsonl", "report.md"))
-    assert "[EMAIL_" in text and "~/" in text
+    assert "@example." in logs and "/home/" in logs and "[EMAIL_" in text and "~/" in text
     for private in ("@example", "/home/", "/Users/", "You are the guide", "harbour office", "the keeper\n- prices"):
         assert private not in text, private
