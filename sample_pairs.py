@@ -38,13 +38,13 @@ from tqdm import tqdm
 
 # The marks of many families' thoughts; one in backquotes is only spoken of. What follows a closing one is said.
 MARK = r"(?<!`)<\|?(?:(?:open|close)\|>)?[/\w:]*(?i:think|thought|reasoning|reflection|scratchpad)[\w:]*(?:<\|sep)?\|?>"
-MARK += r"|<\|?channel\|?>\s*(?:analysis|commentary|thought|final[^<]*<\|message\|>)?|\Aanalysis(?=[A-Z])"
+MARK += r"|<\|?channel\|?>\s*(?:analysis|commentary|thought|final.*?<\|message\|>)?|\Aanalysis(?=[A-Z])"
 MARK += r"|assistantfinal|\[/?THINK\]|◁/?think▷|<\|inner_(?:prefix|suffix)\|>"
 PLAIN = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"  # for base models
 QUESTION = "Two assistants answered the same request. Which answer is better? Say A, B or TIE, and nothing else.\n\n"
 QUESTION += "Request:\n{prompt}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}"
 FILLER = "the a an is are was my i i'd would say think choose prefer pick final better best both answer answers".split()
-FILLER += "response option assistant verdict winner choice wins it it's so clearly much slightly far boxed".split()
+FILLER += "response option assistant verdict winner choice wins it it's so clearly much slightly far good boxed".split()
 SIDES = {("A", "B"): ("won", "lost"), ("B", "A"): ("lost", "won"), ("TIE", "TIE"): ("tie", "tie")}
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -125,8 +125,7 @@ def read_row(row):
 
 def load_rows(args):
     """Return the rows of a file, or of a folder's train.jsonl: with a judge each prompt once, else each good answer."""
-    path, found = Path(args.data), {}
-    path = path / "train.jsonl" if path.is_dir() else path
+    path, found = Path(args.data, "train.jsonl" if os.path.isdir(args.data) else ""), {}
     with blame(path, "give a file, or a folder with train.jsonl, that has one JSON object a line"):
         lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
@@ -175,15 +174,16 @@ def answer(args, name, adapter, requests, tokens, temp, known, keep):
         keys = [json.dumps([name, adapter, trained, tokens, temp, args.seed, *request]) for request in requests]
         todo = [key for key in dict.fromkeys(keys) if key not in known]
         print(f"{name}: {len(todo)} answers to sample, {len(keys) - len(todo)} are there from earlier")
-        form = {} if tokenizer.has_chat_template else {"chat_template": PLAIN}
-        form |= {"tokenize": False, "add_generation_prompt": True}
+        form = {"tokenize": False, "chat_template": None if tokenizer.has_chat_template else PLAIN}
         form["strftime_now"] = lambda form: time.strftime(form, time.gmtime(1.72e9))  # the trainers' date
         bos = tokenizer.encode("")[:1]  # once, whether the template writes it or the tokenizer
         size = {"max_tokens": tokens, "completion_batch_size": args.batch_size, "return_token_ids": True}
         for start in tqdm(range(0, len(todo), args.batch_size), "answering", leave=False, disable=None):
             batch = todo[start : start + args.batch_size]
             mx.random.seed(random.Random(batch[0]).getrandbits(32))  # so a run that goes on draws the same
-            asked = [tokenizer.apply_chat_template(json.loads(key)[-2], **form) for key in batch]
+            asked = [
+                tokenizer.apply_chat_template(json.loads(key)[-2], add_generation_prompt=True, **form) for key in batch
+            ]
             rows = [tokenizer.encode(text, add_special_tokens=False) for text in asked]
             rows = [bos + row if bos == [tokenizer.bos_token_id] != row[:1] else row for row in rows]
             found = mlx_lm.batch_generate(model, tokenizer, rows, sampler=make_sampler(temp), **size)
@@ -200,7 +200,7 @@ def reward(prompt, answer):
 
 def read_verdict(reply):
     """Return "A", "B" or "TIE" as a reply's clauses say, "" where none or several do; None is a reply cut short."""
-    said = re.sub(r"(?i)\b(?:tied?|draw|neither|equal(?:ly)?)\b", "TIE", cut_thoughts(reply or ""))
+    said = re.sub(r"(?i)\b(?:a\s+)?(?:tied?|draw|neither|equal(?:ly)?)\b", "TIE", cut_thoughts(reply or ""))
     clauses = re.split(r"[.,:;!?()\n–—-]|\b(?=(?:because|since|as|than|over|in|for)\b)", said)
     parts = [re.findall(r"[\w']+", clause if len(said) > 3 else clause.upper()) for clause in clauses]
     found = {" ".join(w for w in part if w == "A" or w.lower() not in FILLER) for part in parts} & {"A", "B", "TIE"}
@@ -210,14 +210,14 @@ def read_verdict(reply):
 def ask_server(args, questions, known, keep):
     """Return a server's replies to questions, None where the limit cut one; exit where it has none after five times."""
     url = args.judge.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    secret = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
+    secret = (os.environ.get("OPENAI_API_KEY", "").split() or ["no-key"])[0]
     styles = [{"temperature": 0, "max_tokens": args.judge_tokens}, {"max_completion_tokens": args.judge_tokens}]
     keys = [json.dumps([url, args.judge_model, args.judge_tokens, text]) for text in questions]
     todo = [key for key in dict.fromkeys(keys) if key not in known]
-    print(f"{url}: {len(todo)} questions to ask, {len(keys) - len(todo)} are answered already")
+    waits = [0, 1, 2, 4, 8]  # s before each try
 
     def settle(key):
-        for wait in (0, 1, 2, 4, 8):
+        for wait in waits:
             time.sleep(wait)
             style, body = styles[0], b""
             sent = {"model": args.judge_model, **style, "messages": [{"role": "user", "content": json.loads(key)[-1]}]}
@@ -234,9 +234,10 @@ def ask_server(args, questions, known, keep):
                 body = error.read() if isinstance(error, urllib.request.HTTPError) else body
                 problem = f"{error}: " + re.sub(r"(?s)<style.*?</style>|<[^>]*>", " ", body.decode("utf-8", "replace"))
                 if style is not styles[-1] and re.search("max_completion_tokens|temperature", problem):
-                    del styles[0]  # newer models take neither
+                    styles[:] = styles[-1:]  # newer models take neither
                 elif 400 <= getattr(error, "code", 500) < 500 and error.code not in (408, 425, 429):
                     break  # asking again does not help
+        waits.clear()  # nor need others try
         raise ConnectionError(problem.replace(secret, "OPENAI_API_KEY"))
 
     with blame(url, "the same command asks what is left"), ThreadPoolExecutor(args.batch_size) as pool:
@@ -245,7 +246,7 @@ def ask_server(args, questions, known, keep):
 
 
 def judge_rows(rows, verdicts, args):
-    """Return [(row, chosen, rejected, verdicts)] where both orders' verdicts agree, or each row's widest; print them."""
+    """Return [(row, chosen, rejected, verdicts)] where both orders agree, or each row's widest; print the counts."""
     pairs, counts = [], Counter()
     for row in rows:
         agreed, tallies = [], defaultdict(Counter)
@@ -265,7 +266,7 @@ def judge_rows(rows, verdicts, args):
 
 
 def write_pairs(pairs, args):
-    """Write pairs to --out: a file, or a folder's train, valid and test.jsonl (a tenth of the prompts in each of two)."""
+    """Write pairs to --out: a file, or a folder's train, valid and test.jsonl (each of two a tenth of the prompts)."""
     names = [""] if args.out.endswith(".jsonl") else ["train.jsonl", "valid.jsonl", "test.jsonl"]
     files = {Path(args.out, name): [] for name in names}
     signal, weight = ("judged", 1.0) if args.judge else ("generated", 0.5)
@@ -297,7 +298,7 @@ def main():
     requests = [(row["prompt"], i) for row in rows for i in range(args.samples)]
     texts = answer(args, args.model, args.adapter_path, requests, args.max_tokens, args.temp, *log)
     for start, row in zip(range(0, len(texts), args.samples), rows):
-        good = {None, "", None if args.judge else row["chosen"]}
+        good = {None, "", None if args.judge else row["chosen"].strip()}
         row["answers"] = [*dict.fromkeys(text for text in texts[start : start + args.samples] if text not in good)]
     kept, cut, empty = sum(len(row["answers"]) for row in rows), texts.count(None), texts.count("")
     print(f"answers: {kept} kept, {len(texts) - kept - cut - empty} equal, {empty} empty, {cut} cut by --max-tokens")
