@@ -10,10 +10,9 @@ Make preference pairs of a model's own answers: rejected ones to good answers, o
         --adapter-path adapters --samples 4 --judge http://localhost:11434/v1 --judge-model qwen3:32b
 
 The first: chosen is the row's own answer, rejected the model's. The second: a judge compares every two answers to a
-prompt in both orders; where both agree there is a pair. Reads what the trainers read, also without the rejected or both
-answers, and unpaired.jsonl. Writes OUT/train, valid and test.jsonl, split by prompt, or a file, and what is answered to
-OUT.done.jsonl, so that after a kill the same command goes on. A server's key is read from OPENAI_API_KEY.
-To rank by a function of your own, edit reward and give --judge reward.
+prompt in both orders; where both agree there is a pair. Reads the trainers' rows, also without answers, unpaired.jsonl.
+Writes OUT/train, valid and test.jsonl, split by prompt, or a file. OUT.done.jsonl keeps what is answered: after a kill
+the same command goes on. A server's key is read from OPENAI_API_KEY. Own ranking: edit reward, give --judge reward.
 """
 
 import argparse
@@ -134,8 +133,6 @@ def load_rows(args):
         if args.judge or row["chosen"]:
             found[json.dumps([row["prompt"], None if args.judge else row["chosen"]])] = row
     print(f"rows: {len(found)} of {len(lines)}, each once" + ", that have a good answer" * (not args.judge))
-    if not found:
-        sys.exit(f"{path}: no row has a good answer: bring such rows, or let a --judge rank sampled answers")
     return [*found.values()]
 
 
@@ -180,10 +177,9 @@ def answer(args, name, adapter, requests, tokens, temp, known, keep):
         size = {"max_tokens": tokens, "completion_batch_size": args.batch_size, "return_token_ids": True}
         for start in tqdm(range(0, len(todo), args.batch_size), "answering", leave=False, disable=None):
             batch = todo[start : start + args.batch_size]
-            mx.random.seed(random.Random(batch[0]).getrandbits(32))  # so a run that goes on draws the same
-            asked = [
-                tokenizer.apply_chat_template(json.loads(key)[-2], add_generation_prompt=True, **form) for key in batch
-            ]
+            drawn = [json.loads(key)[-3:] for key in batch]  # [--seed, prompt, sample]
+            mx.random.seed(random.Random(str(drawn[0])).getrandbits(32))  # so a run that goes on draws the same
+            asked = [tokenizer.apply_chat_template(turns, add_generation_prompt=True, **form) for _, turns, _ in drawn]
             rows = [tokenizer.encode(text, add_special_tokens=False) for text in asked]
             rows = [bos + row if bos == [tokenizer.bos_token_id] != row[:1] else row for row in rows]
             found = mlx_lm.batch_generate(model, tokenizer, rows, sampler=make_sampler(temp), **size)
@@ -317,7 +313,7 @@ def main():
         pairs = judge_rows(rows, dict(zip(asked, map(read_verdict, replies))), args)
     write_pairs(pairs, args)
     if not pairs:
-        sys.exit(f"{args.out}: no pair: see above whether answers differ, and verdicts agree in both orders")
+        sys.exit(f"{args.out}: no pair: see above if rows have good answers, answers differ, and verdicts agree")
 
 
 if __name__ == "__main__":

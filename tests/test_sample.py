@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from types import SimpleNamespace
 
+import huggingface_hub
 import mlx_lm
 import pytest
 from conftest import ROOT, run_script, write_rows
@@ -81,7 +82,7 @@ def sample(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sample_pairs.time, "sleep", lambda _: None)
     monkeypatch.setattr(sample_pairs.signal, "signal", lambda *_: None)
 
-    def run(rows, *words, answers=None, out="out", tokens=5):
+    def run(rows, *words, answers=None, out="out", tokens=5, text=""):
         number = count()
         texts = answers or (lambda i: "far " * (i % 4 + 1))
 
@@ -93,6 +94,7 @@ def sample(tmp_path, monkeypatch, capsys):
         if answers is not mlx_lm:
             monkeypatch.setattr(mlx_lm, "batch_generate", generate)
         write_rows("rows.jsonl", rows)
+        open("rows.jsonl", "a").write(text)
         monkeypatch.setattr(sys, "argv", ["sample_pairs.py", "--data", "rows.jsonl", "--out", out, *map(str, words)])
         error = ""
         try:
@@ -112,44 +114,40 @@ def written(out):
 # ---------------------------------------------------------------------------------------------------------- thoughts
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("Just an answer.", "Just an answer."),
-        ("<think>\nA is better\n</think>\n\nB", "B"),
-        ("They ask. A?\n</think>\n\nB", "B"),  # the template began the thought
-        ("<think>\nOkay. Answer A says the herring is", ""),  # the limit cut it
-        ("<think>one</think>two<think>three", ""),
-        ("<thinking>A</thinking> B", "B"),
-        ("<thought>A</thought>B", "B"),
-        ("<seed:think>A</seed:think>B", "B"),
-        ("<longcat_think>A</longcat_think>B", "B"),
-        ("<reasoning>A</reasoning>\n<answer>B</answer>", "<answer>B</answer>"),
-        ("[THINK]A[/THINK]B", "B"),
-        ("[THINK]A", ""),
-        ("◁think▷A◁/think▷B", "B"),
-        ("<|begin_of_thought|>A<|end_of_thought|>B", "B"),
-        ("<|START_THINKING|>A<|END_THINKING|><|START_RESPONSE|>B<|END_RESPONSE|>", "B"),
-        ("<|think:start|>A<|think:end|>B", "B"),
-        ("<|open|>think<|sep|>A<|close|>think<|sep|>B", "B"),
-        ("<|channel>thought\nA<channel|>B", "B"),
-        ("<|channel>thought\nA", ""),
-        ("<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>final<|message|>B<|return|>", "B"),
-        ("<|channel|>analysis<|message|>A", ""),
-        ("<|channel|>commentary to=functions.send<|message|>A", ""),
-        ("<|channel|>final <|constrain|>json<|message|>B", "B"),
-        ("analysisThey ask.assistantfinalB", "B"),
-        ("analysisThey ask", ""),
-        ("<|inner_prefix|>A<|inner_suffix|>B", "B"),
-        ("A model writes `<think>` before it thinks.", "A model writes `<think>` before it thinks."),
-        (
-            "See [thinking](a.html), <b>think</b>, analysis of x.",
-            "See [thinking](a.html), <b>think</b>, analysis of x.",
-        ),
-    ],
-)
-def test_thoughts_are_cut_off(text, expected):
-    assert sample_pairs.cut_thoughts(text) == expected
+THOUGHTS = r"""Just an answer. => Just an answer.
+<think>\nA is better\n</think>\n\nB => B
+They ask. A?\n</think>\n\nB => B
+<think>\nOkay. Answer A says the herring is =>
+<think>one</think>two<think>three =>
+<thinking>A</thinking> B => B
+<thought>A</thought>B => B
+<seed:think>A</seed:think>B => B
+<longcat_think>A</longcat_think>B => B
+<reasoning>A</reasoning>\n<answer>B</answer> => <answer>B</answer>
+[THINK]A[/THINK]B => B
+[THINK]A =>
+◁think▷A◁/think▷B => B
+<|begin_of_thought|>A<|end_of_thought|>B => B
+<|START_THINKING|>A<|END_THINKING|><|START_RESPONSE|>B<|END_RESPONSE|> => B
+<|think:start|>A<|think:end|>B => B
+<|open|>think<|sep|>A<|close|>think<|sep|>B => B
+<|channel>thought\nA<channel|>B => B
+<|channel>thought\nA =>
+<|channel|>analysis<|message|>A<|end|><|start|>assistant<|channel|>final<|message|>B<|return|> => B
+<|channel|>analysis<|message|>A =>
+<|channel|>commentary to=functions.send<|message|>A =>
+<|channel|>final <|constrain|>json<|message|>B => B
+analysisThey ask.assistantfinalB => B
+analysisThey ask =>
+<|inner_prefix|>A<|inner_suffix|>B => B
+A model writes `<think>` before it thinks. => A model writes `<think>` before it thinks.
+See [thinking](a.html), <b>think</b>, analysis of x. => See [thinking](a.html), <b>think</b>, analysis of x."""
+
+
+@pytest.mark.parametrize("line", THOUGHTS.splitlines())
+def test_thoughts_are_cut_off(line):
+    text, expected = line.replace("\\n", "\n").split(" =>")
+    assert sample_pairs.cut_thoughts(text) == expected.strip()
 
 
 VERDICTS = {
@@ -172,40 +170,40 @@ def test_verdicts(expected):
     replies = [reply.strip(" ") for reply in VERDICTS[expected].replace("|\n       ", "|").split("|")]
     wrong = {reply: sample_pairs.read_verdict(reply) for reply in replies}
     assert {reply: found for reply, found in wrong.items() if found != expected} == {}
-
-
-def test_a_reply_that_the_limit_cut_is_no_verdict():
-    assert sample_pairs.read_verdict(None) == ""
+    assert sample_pairs.read_verdict(None) == ""  # cut by the limit
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
 
-USER, GOOD, BAD = (
+USER, GOOD, BAD = [
     {"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "g"), ("assistant", "b"))
-)
-FORMS = [
-    ({"prompt": "Q", "chosen": "g", "rejected": "b"}, "g"),
-    ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "g"),
-    ({"messages": [USER], "chosen": "g", "rejected": "b"}, "g"),
-    ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, "g"),
-    ({"prompt": "Q", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "g"),
-    ({"messages": [USER, GOOD], "rejected": [BAD]}, "g"),
-    ({"messages": [USER, GOOD]}, "g"),
-    ({"prompt": "Q", "chosen": "g"}, "g"),
-    ({"prompt": "Q", "completion": "g"}, "g"),
-    ({"prompt": [USER], "completion": [GOOD], "label": True}, "g"),
-    ({"prompt": [USER], "completion": [BAD], "label": False}, ""),
-    ({"prompt": "Q"}, ""),
-    ({"prompt": [USER]}, ""),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}]}, ""),
-    ({"prompt": "Q", "chosen": " "}, ""),
+]
+FORMS = [  # with a good answer
+    {"prompt": "Q", "chosen": "g", "rejected": "b"},
+    {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+    {"messages": [USER], "chosen": "g", "rejected": "b"},
+    {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    {"prompt": "Q", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    {"messages": [USER, GOOD], "rejected": [BAD]},
+    {"messages": [USER, GOOD]},
+    {"prompt": "Q", "chosen": "g"},
+    {"prompt": "Q", "completion": "g"},
+    {"prompt": [USER], "completion": [GOOD], "label": True},
+]
+BARE = [
+    {"prompt": [USER], "completion": [BAD], "label": False},
+    {"prompt": "Q"},
+    {"prompt": [USER]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}]},
+    {"prompt": "Q", "chosen": " "},
 ]
 
 
-@pytest.mark.parametrize("row, chosen", FORMS)
-def test_forms_of_rows(row, chosen):
+@pytest.mark.parametrize("row", FORMS + BARE)
+def test_forms_of_rows(row):
     found = sample_pairs.read_row({**row, "weight": None})
-    assert (found["prompt"], found["chosen"] or "", found["weight"], found["shown"]) == ([USER], chosen, 1.0, "Q")
+    assert (found["prompt"], found["weight"], found["shown"]) == ([USER], 1.0, "Q")
+    assert (found["chosen"] or "") == ("g" if row in FORMS else "")
 
 
 def test_a_system_message_and_earlier_turns_are_part_of_the_prompt():
@@ -218,46 +216,50 @@ def test_a_system_message_and_earlier_turns_are_part_of_the_prompt():
     )
 
 
-@pytest.mark.parametrize(
-    "line, problem",
-    [
-        ('{"prompt": "Q"', "rows.jsonl:2: "),
-        ("[1]", "rows.jsonl:2: "),
-        ("", "rows.jsonl:2: "),
-        ('{"text": "Q"}', "no prompt"),
-        ('{"prompt": 5}', "rows.jsonl:2: "),
-        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "a message must be a text"),
-        ('{"messages": [{"role": "system", "content": "S"}]}', "ends in a user's turn"),
-        ('{"prompt": "Q", "tools": [{}]}', "tools"),
-        ('{"prompt": "Q", "weight": "x"}', "rows.jsonl:2: "),
-    ],
-)
-def test_a_wrong_row_is_named(tmp_path, line, problem):
-    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "Q"}}\n{line}\n')
-    done = run_script("--data", "rows.jsonl", "--out", "out", script="sample_pairs.py", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1) and problem in done.stderr
-    assert done.stderr.startswith("rows.jsonl:2: ")
+WRONG_ROWS = {
+    '{"prompt": "Q"': "rows.jsonl:2: ",
+    "[1]": "rows.jsonl:2: ",
+    "": "rows.jsonl:2: ",
+    '{"text": "Q"}': "no prompt",
+    '{"prompt": 5}': "rows.jsonl:2: ",
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "a message must be a text",
+    '{"messages": [{"role": "system", "content": "S"}]}': "ends in a user's turn",
+    '{"prompt": "Q", "tools": [{}]}': "tools",
+    '{"prompt": "Q", "weight": "x"}': "could not convert",
+}
 
 
-@pytest.mark.parametrize(
-    "words, problem",
-    [
-        ([], "--data, --out"),
-        (["--data", "none.jsonl", "--out", "out"], "none.jsonl: "),
-        (["--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl: it is there already"),
-        (["--data", "rows.jsonl", "--out", "out", "--batch-size", "0"], "options: "),
-        (["--data", "rows.jsonl", "--out", "out", "--temp", "-1"], "options: "),
-        (["--data", "rows.jsonl", "--out", "out", "--model", "none"], "none: "),
-        (["--data", "rows.jsonl", "--out", "out", "--adapter-path", "none"], "none: "),
-        (["--data", "rows.jsonl", "--out", "out", "--judge", "none", "--max-tokens", "4"], "none: "),
-        (["--data", "prompts.jsonl", "--out", "out"], "no row has a good answer"),
-    ],
-)
-def test_wrong_options_are_named(tmp_path, words, problem):
-    write_rows(tmp_path / "rows.jsonl", CURATED[:1])
-    write_rows(tmp_path / "prompts.jsonl", PROMPTS[:1])
-    done = run_script(*words, script="sample_pairs.py", cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 1 and problem in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+@pytest.mark.parametrize("line", WRONG_ROWS)
+def test_a_wrong_row_is_named(sample, line):
+    _, printed, error = sample([], text=f'{{"prompt": "Q"}}\n{line}\n')
+    assert printed == "" and error.startswith("rows.jsonl:2: ") and WRONG_ROWS[line] in error
+
+
+WRONG_WORDS = [
+    ("--data none.jsonl", "none.jsonl: "),
+    ("--out rows.jsonl", "rows.jsonl: it is there already"),
+    ("--batch-size 0", "options: "),
+    ("--temp -1", "options: "),
+    ("--samples 0", "options: "),
+    ("--best", "unrecognized arguments: --best"),
+    ("--model none", "none: "),
+    ("--adapter-path none", "none: "),
+    ("--judge none --samples 2", "none: "),
+]
+
+
+@pytest.mark.parametrize("words, problem", WRONG_WORDS)
+def test_wrong_options_are_named(sample, monkeypatch, words, problem):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    error = sample(CURATED[:1], *words.split())[2]
+    assert problem in error and "\n" not in error
+
+
+def test_no_row_of_use(tmp_path):
+    write_rows(tmp_path / "prompts.jsonl", PROMPTS)
+    done = run_script("--data", "prompts.jsonl", "--out", "out", script="sample_pairs.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "rows: 0 of 12" in done.stdout
+    assert done.stderr.startswith("out: no pair: ") and os.listdir(tmp_path) != []
 
 
 # ----------------------------------------------------------------------------------------------------------- answers
@@ -360,8 +362,7 @@ def test_a_judge_that_goes_by_the_place_makes_no_pair(sample, serve):
 
 def test_ties_and_unclear_replies(sample, serve):
     for reply, counts in (("TIE", "0 agree, 6 tie, 0 contradict, 0 unclear"), ("Hm", "0 tie, 0 contradict, 6 unclear")):
-        _, printed, error = sample(PROMPTS[:1], "--judge", serve(lambda _: said(reply)).url)
-        assert counts in printed and "no pair" in error
+        assert counts in sample(PROMPTS[:1], "--judge", serve(lambda _: said(reply)).url)[1]
 
 
 THOUGHT = "<think>\nAnswer A says the herring is cheap. A is better.\n</think>\n\n"
@@ -389,8 +390,7 @@ def test_thoughts_of_a_judge_are_no_verdict(sample, serve, kind):
 
 @pytest.mark.parametrize("kind", CUT)
 def test_thoughts_without_an_end_are_no_verdict(sample, serve, kind):
-    _, printed, error = sample(PROMPTS[:1], "--judge", serve(lambda body: CUT[kind]).url)
-    assert "6 unclear" in printed and "no pair" in error
+    assert "6 unclear" in sample(PROMPTS[:1], "--judge", serve(lambda body: CUT[kind]).url)[1]
 
 
 def test_a_server_that_wants_other_names(sample, serve):
