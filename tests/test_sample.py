@@ -128,11 +128,10 @@ def test_thoughts_are_cut_off(text, expected):
 
 
 VERDICTS = {
-    "A": """A|A.|**A**|a|Answer A|Answer A.|answer: A|"A"|(A)|[[A]]|\\boxed{A}|{"verdict": "A"}|The better answer is A.
-|A is better|Answer A is better than answer B.|A because it states the hour.|A, since B is vague|Verdict: A!
-|I would say A|My choice: Answer A|A wins|**Answer A** is better.|Assistant A|Option A: it says when|answer a is better|<answer>A</answer>|A</s>|A!
-|Final answer: **A**|A - it is shorter|A is clearly the better answer, as it is helpful
-|<think>B</think>A|Which is better, A or B? A""",
+    "A": """A|A.|**A**|a|Answer A|answer: A|"A"|(A)|[[A]]|\\boxed{A}|{"verdict": "A"}|The better answer is A.|Verdict: A
+|A is better|Answer A is better than answer B.|A because it states the hour.|A, since B is vague|I would say A|A</s>
+|My choice: Answer A|A wins|**Answer A** is better.|Assistant A|Option A: it says when|answer a is better|A - shorter
+|A is clearly the better answer, as it is helpful|<think>B</think>A|Which is better, A or B? A|<answer>A</answer>""",
     "B": "B|b.|answer b|Answer B|B.\n\nAnswer A does not say it.|Answer A is vague.\nB|<think>A or B? A.</think>\n\nB",
     "TIE": "TIE|tie|Tie.|It's a tie.|Both answers are equally good|Neither|A tie|**TIE**|Neither is better|Both: TIE",
     "": """|C|Both|A and B|A or B|A is not better|Answer A says the herring is|A/B|<think>A is better|Not A
