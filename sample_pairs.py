@@ -165,7 +165,7 @@ def cut_thoughts(text):
 
 def answer(args, name, adapter, requests, tokens, temp, known, keep):
     """Return the texts, without thoughts, None where one has no end, that a model answers to [(prompt, sample)]."""
-    with blame(adapter or name, "give a model, and an adapter made for it; where memory runs out lower --batch-size"):
+    with blame(adapter or name, "name a model (or http://SERVER), its adapter; if memory runs out lower --batch-size"):
         model, tokenizer = mlx_lm.load(name, adapter_path=adapter)
         trained = Path(adapter, "adapters.safetensors").stat().st_mtime if adapter else 0
         keys = [json.dumps([name, adapter, trained, tokens, temp, args.seed, *request]) for request in requests]
@@ -228,7 +228,7 @@ def ask_server(args, questions, known, keep):
                 return keep(key, None if choice.get("finish_reason") in ("length", "max_tokens") else said)
             except Exception as error:
                 body = error.read() if isinstance(error, urllib.request.HTTPError) else body
-                problem = f"{error}: " + re.sub(r"(?s)<style.*?</style>|<[^>]*>", " ", body.decode("utf-8", "replace"))
+                problem = f"{error} " + re.sub(r"(?s)<style.*?</style>|<[^>]*>", " ", body.decode("utf-8", "replace"))
                 if style is not styles[-1] and re.search("max_completion_tokens|temperature", problem):
                     styles[:] = styles[-1:]  # newer models take neither
                 elif 400 <= getattr(error, "code", 500) < 500 and error.code not in (408, 425, 429):
@@ -313,7 +313,7 @@ def main():
         pairs = judge_rows(rows, dict(zip(asked, map(read_verdict, replies))), args)
     write_pairs(pairs, args)
     if not pairs:
-        sys.exit(f"{args.out}: no pair: no good answers, all answers equal, or no verdict holds in both orders")
+        sys.exit(f"{args.out}: no pair: answers equal, empty or cut, or verdicts that turn with the order")
 
 
 if __name__ == "__main__":

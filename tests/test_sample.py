@@ -305,7 +305,7 @@ TROUBLE = {  # what a server says: what is shown of it, and how often it is aske
     "refusal": (refused(400, "This model's maximum context length is 512"), "maximum context length is 512", 1),
     "no model": ((404, {"error": "model 'm' not found, try pulling it first"}), "model 'm' not found", 1),
     "wrong key": (refused(401, f"Incorrect API key: {KEY}"), "Incorrect API key: OPENAI_API_KEY", 1),
-    "page": ((502, b"<html><style>a{}</style><h1>Bad\nGateway</h1></html>"), "502: Bad Gateway: Bad Gateway: the", 5),
+    "page": ((502, b"<html><style>a{}</style><h1>Bad\nGateway</h1></html>"), "502: Bad Gateway Bad Gateway: the", 5),
     "no choices": ((200, {"choices": []}), '{"choices": []}', 5),
     "error, but 200": ((200, {"error": {"message": "Provider is down"}}), "Provider is down", 5),
     "bytes": ((500, b"\xff\xfe"), "HTTP Error 500", 5),
