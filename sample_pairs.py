@@ -165,7 +165,7 @@ def cut_thoughts(text):
 
 def answer(args, name, adapter, requests, tokens, temp, known, keep):
     """Return the texts, without thoughts, None where one has no end, that a model answers to [(prompt, sample)]."""
-    with blame(adapter or name, "give a model, and an adapter made for it; where memory runs out lower --batch-size"):
+    with blame(adapter or name, "name a model (or http://SERVER), its adapter; if memory runs out lower --batch-size"):
         model, tokenizer = mlx_lm.load(name, adapter_path=adapter)
         trained = Path(adapter, "adapters.safetensors").stat().st_mtime if adapter else 0
         keys = [json.dumps([name, adapter, trained, tokens, temp, args.seed, *request]) for request in requests]
@@ -197,8 +197,8 @@ def reward(prompt, answer):
 def read_verdict(reply):
     """Return "A", "B" or "TIE" as a reply's clauses say, "" where none or several do; None is a reply cut short."""
     said = re.sub(r"(?i)\b(?:a\s+)?(?:tied?|draw|neither|equal(?:ly)?)\b", "TIE", cut_thoughts(reply or ""))
-    clauses = re.split(r"[.,:;!?()\n–—-]|\b(?=(?:because|since|as|than|over|in|for)\b)", said)
-    parts = [re.findall(r"[\w']+", clause if len(said) > 3 else clause.upper()) for clause in clauses]
+    clauses = re.split(r"[.,:;!?()/\n–—-]|\b(?=(?:because|since|as|than|over|in|for)\b)", said)
+    parts = [re.findall(r"[\w']+", clause.upper() if said.islower() else clause) for clause in clauses]
     found = {" ".join(w for w in part if w == "A" or w.lower() not in FILLER) for part in parts} & {"A", "B", "TIE"}
     return found.pop() if len(found) == 1 else ""
 
@@ -225,10 +225,10 @@ def ask_server(args, questions, known, keep):
                 said = choice["message"].get("content") or ""
                 if isinstance(said, list):  # of parts, thoughts among them
                     said = "".join(part["text"] for part in said if part["type"] == "text")
-                return keep(key, None if choice.get("finish_reason") == "length" else said)
+                return keep(key, None if choice.get("finish_reason") in ("length", "max_tokens") else said)
             except Exception as error:
                 body = error.read() if isinstance(error, urllib.request.HTTPError) else body
-                problem = f"{error}: " + re.sub(r"(?s)<style.*?</style>|<[^>]*>", " ", body.decode("utf-8", "replace"))
+                problem = f"{error} " + re.sub(r"(?s)<style.*?</style>|<[^>]*>", " ", body.decode("utf-8", "replace"))
                 if style is not styles[-1] and re.search("max_completion_tokens|temperature", problem):
                     styles[:] = styles[-1:]  # newer models take neither
                 elif 400 <= getattr(error, "code", 500) < 500 and error.code not in (408, 425, 429):
@@ -300,7 +300,7 @@ def main():
     print(f"answers: {kept} kept, {len(texts) - kept - cut - empty} equal, {empty} empty, {cut} cut by --max-tokens")
     asked = [(row["shown"], *two) for row in rows for two in permutations(row["answers"], 2)]
     questions = [QUESTION.format(prompt=prompt, a=a, b=b) for prompt, a, b in asked]
-    pairs = [(row, row["chosen"], text, {}) for row in rows for text in row["answers"]]
+    pairs = [(row, row["chosen"], text, None) for row in rows for text in row["answers"]]
     if args.judge == "reward":
         gaps = [reward(prompt, a) - reward(prompt, b) for prompt, a, b in asked]
         replies = ["A" if gap > 0 else "B" if gap < 0 else "TIE" for gap in gaps]
@@ -313,7 +313,7 @@ def main():
         pairs = judge_rows(rows, dict(zip(asked, map(read_verdict, replies))), args)
     write_pairs(pairs, args)
     if not pairs:
-        sys.exit(f"{args.out}: no pair: see above if rows have good answers, answers differ, and verdicts agree")
+        sys.exit(f"{args.out}: no pair: answers equal, empty or cut, or verdicts that turn with the order")
 
 
 if __name__ == "__main__":

@@ -128,11 +128,11 @@ def test_thoughts_are_cut_off(text, expected):
 
 
 VERDICTS = {
-    "A": """A|A.|**A**|a|Answer A|Answer A.|answer: A|"A"|(A)|[[A]]|\\boxed{A}|{"verdict": "A"}|The better answer is A.
-|A is better|Answer A is better than answer B.|A because it states the hour.|A, since B is vague|Verdict: A!
-|I would say A|My choice: Answer A|A wins|**Answer A** is better.|Assistant A|Option A: it says when|Final answer: **A**
-|A - it is shorter|A is clearly the better answer, as it is helpful|<think>B</think>A|Which is better, A or B? A""",
-    "B": "B|b|b.|Answer B|B.\n\nAnswer A does not say it.|Answer A is vague.\nB|<think>A or B? A.</think>\n\nB",
+    "A": """A|A.|**A**|a|Answer A|answer: A|"A"|(A)|[[A]]|\\boxed{A}|{"verdict": "A"}|The better answer is A.|Verdict: A
+|A is better|Answer A is better than answer B.|A because it states the hour.|A, since B is vague|I would say A|A</s>
+|My choice: Answer A|A wins|**Answer A** is better.|Assistant A|Option A: it says when|answer a is better|A - shorter
+|A is clearly the better answer, as it is helpful|<think>B</think>A|Which is better, A or B? A|<answer>A</answer>""",
+    "B": "B|b.|answer b|Answer B|B.\n\nAnswer A does not say it.|Answer A is vague.\nB|<think>A or B? A.</think>\n\nB",
     "TIE": "TIE|tie|Tie.|It's a tie.|Both answers are equally good|Neither|A tie|**TIE**|Neither is better|Both: TIE",
     "": """|C|Both|A and B|A or B|A is not better|Answer A says the herring is|A/B|<think>A is better|Not A
 |It is not a tie|A. B.|A: it says so. B: it does not.|I cannot judge that.|Answer B is vague|As an AI I cannot say""",
@@ -174,7 +174,6 @@ def test_forms_of_rows(row):
 WRONG = {  # a second row, or options: what is wrong
     '{"prompt": "Q"': "rows.jsonl:2: Expecting ',' delimiter",
     '{"text": "Q"}': "rows.jsonl:2: no prompt",
-    '{"prompt": 5}': "rows.jsonl:2: ",
     '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "rows.jsonl:2: a message must be a text",
     '{"messages": [{"role": "system", "content": "S"}]}': "rows.jsonl:2: no prompt, or none that ends in a user's turn",
     '{"prompt": "Q", "tools": [{}]}': "rows.jsonl:2: rows with tools",
@@ -182,7 +181,6 @@ WRONG = {  # a second row, or options: what is wrong
     "--data none.jsonl": "none.jsonl: ",
     "--out rows.jsonl": "rows.jsonl: it is there already",
     "--batch-size 0": "options: ",
-    "--best": "unrecognized arguments: --best",
     "--model none": "none: ",
     "--adapter-path none": "none: ",
     "--judge none": "none: ",
@@ -272,13 +270,12 @@ THOUGHT = "<think>\nAnswer A says the herring is cheap. A is better.\n</think>\n
 CHANNEL = "<|channel|>analysis<|message|>A is better<|end|><|start|>assistant<|channel|>final<|message|>"
 REPLIES = {  # kind of judge: (its reply to a question, what is counted)
     "the first": (lambda body: said("A"), "0 agree, 0 tie, 6 contradict, 0 unclear"),
-    "ties": (lambda body: said("TIE"), "0 agree, 6 tie, 0 contradict, 0 unclear"),
+    "tie": (lambda body: said("TIE"), "0 agree, 6 tie, 0 contradict, 0 unclear"),
     "thinks": (lambda body: said(THOUGHT + longer(body)), "6 agree"),
     "channels": (lambda body: said(CHANNEL + longer(body)), "6 agree"),
     "field": (lambda body: said(longer(body), reasoning_content="A is better"), "6 agree"),
     "parts": (lambda body: said([{"type": "thinking"}, {"type": "text", "text": longer(body)}]), "6 agree"),
-    "cut": (lambda body: said(THOUGHT[:60], "length"), "6 unclear"),
-    "cut, unsaid": (lambda body: said(THOUGHT[:60]), "6 unclear"),
+    "cut": (lambda body: said(THOUGHT[:60]), "6 unclear"),
     "cut, no tags": (lambda body: said("Okay. Answer A is better", "length"), "6 unclear"),
     "cut, in a field": (lambda body: said("", "length", reasoning="A is better"), "6 unclear"),
     "null": (lambda body: said(None, reasoning_content="A"), "6 unclear"),
@@ -308,7 +305,7 @@ TROUBLE = {  # what a server says: what is shown of it, and how often it is aske
     "refusal": (refused(400, "This model's maximum context length is 512"), "maximum context length is 512", 1),
     "no model": ((404, {"error": "model 'm' not found, try pulling it first"}), "model 'm' not found", 1),
     "wrong key": (refused(401, f"Incorrect API key: {KEY}"), "Incorrect API key: OPENAI_API_KEY", 1),
-    "page": ((502, b"<html><style>a{}</style><h1>Bad\nGateway</h1></html>"), "502: Bad Gateway: Bad Gateway: the", 5),
+    "page": ((502, b"<html><style>a{}</style><h1>Bad\nGateway</h1></html>"), "502: Bad Gateway Bad Gateway: the", 5),
     "no choices": ((200, {"choices": []}), '{"choices": []}', 5),
     "error, but 200": ((200, {"error": {"message": "Provider is down"}}), "Provider is down", 5),
     "bytes": ((500, b"\xff\xfe"), "HTTP Error 500", 5),
