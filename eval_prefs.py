@@ -33,9 +33,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
 import numpy as np
-from mlx_lm import lora
+from mlx_lm import batch_generate, lora
 from mlx_lm.models.cache import ConcatenateKVCache
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import maybe_set_recommended_wired_limit
@@ -71,13 +70,7 @@ def parse_args(words=None):
     add("--batch-size", type=int, default=4, help="pairs scored at once (default: %(default)s)")
     add("--generate", type=int, default=0, metavar="N", help="show greedy answers to the first N prompts (default: 0)")
     add("--max-tokens", type=int, default=256, help="of such an answer (default: %(default)s)")
-    add(
-        "--hard",
-        nargs=2,
-        default=[],
-        metavar=("K", "FILE"),
-        help="write the K pairs with the lowest margin, to train on",
-    )
+    add("--hard", nargs=2, default=[], metavar=("K", "FILE"), help="write the K pairs of lowest margin, to train on")
     add("--out", type=Path, default="report", help="folder of the report (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="run code that comes with the model's tokenizer")
     args, here, bases = parser.parse_args(words), Path(__file__).parent, {}
@@ -189,15 +182,14 @@ def load_rows(args, tokenizer):
             start = starts[bisect_left(starts[:-1], True, key=lambda i: fits(encode(i)))]
             ids = encode(start)
         if fits(ids) and ids[1] != ids[2]:
-            known = {"row": row, "place": f"{path}:{number}", "asked": turns[-1]["content"], "scores": {}}
+            known = {"row": row, "place": f"{path}:{number}", "asked": turns[-1]["content"], "models": {}}
+            known |= {"chosen_tokens": len(ids[1]), "rejected_tokens": len(ids[2])}
             pairs.append({**known, "prompt": ids[0], "chosen": ids[1], "rejected": ids[2]})
             shortened, cut = shortened + (start > first), cut + ids[3]
     print(f"{len(pairs)} of {len(rows)} pairs (others: too long, equal answers), {shortened} less old turns")
     if cut:
         print(f"warning: the chat template leaves a part of {cut} answers out, as thoughts: it is not scored")
-    if not pairs:
-        sys.exit(f"{path}: no pair is left: raise --max-seq-length, or bring other data")
-    return pairs
+    return pairs or sys.exit(f"{path}: no pair is left: raise --max-seq-length, or bring other data")
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -287,19 +279,18 @@ def shares_prompts(model, pairs):
     pairs = [pick(pairs, key=lambda pair: len(pair["prompt"])) for pick in (min, max)]
     R = max(len(pair["prompt"] + pair[side]) for pair in pairs for side in ("chosen", "rejected"))
     whole, shared = make_batch(pairs, (0, R)), make_batch(pairs, (R, R))
-    score = lambda batch: score_batch(*[answer_logits(model, batch)] * 2, batch)[:, 0]
-    logps = score(whole)
-    need(mx.isfinite(logps).all().item(), "its log-probabilities are no numbers, as where float16 overflows")
-    exact = answer_logits(model, whole).dtype == mx.float32
+    logits = answer_logits(model, whole)
     try:
-        gaps = mx.abs(score(shared) - logps) / mx.sqrt(whole["mask"].sum(-1))  # as rounding grows
-        return gaps.max().item() < (2e-3 if exact else 0.2)
+        others = answer_logits(model, shared)
+        logps, others = (score_batch(x, x, batch)[:, 0] for x, batch in ((logits, whole), (others, shared)))
+        gaps = mx.abs(others - logps) / mx.sqrt(whole["mask"].sum(-1))  # as rounding grows
+        return gaps.max().item() < (2e-3 if logits.dtype == mx.float32 else 0.2)
     except Exception:
         return False
 
 
 def score_pairs(models, pairs, size):
-    """Return {name: (N, 3)}, and give each pair its "scores": log-probabilities of both answers, and both's KL's sum."""
+    """Return {name: (N, 3)}, and give each pair its "models": both answers' log-probabilities and KL."""
     batches = sorted_batches(pairs, size, shares_prompts(models["base"], pairs))
     for some, shape in tqdm(batches, "scoring", leave=False, disable=None):
         batch = make_batch(some, shape)
@@ -310,8 +301,8 @@ def score_pairs(models, pairs, size):
             wrong = f"the log-probabilities of {name} are no numbers, as of float16, or of too high a --learning-rate"
             need(np.isfinite(found).all(), wrong)
             for pair, (chosen, kl), (rejected, more) in zip(some, *found):
-                pair["scores"][name] = {"chosen": chosen, "rejected": rejected, "kl": kl + more}
-    return {name: np.array([[*pair["scores"][name].values()] for pair in pairs]) for name in models}
+                pair["models"][name] = {"chosen": chosen, "rejected": rejected, "kl": kl + more}
+    return {name: np.array([[*pair["models"][name].values()] for pair in pairs]) for name in models}
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -347,10 +338,7 @@ def right(scores, lengths=1):
 
 
 def summarize(scores, base, lengths):
-    """Return what is said of a model, {name: value, or (mean, low, high)}; scores, base (N, 3), lengths (N, 2).
-
-    margin and changes are in nats, against the base and without beta; kl is in nats a response token, exact.
-    """
+    """Return {name: value, or (mean, low, high)} of a model; scores, base (N, 3), lengths (N, 2); nats without beta."""
     change, now, before = (scores - base)[:, :2], right(scores), right(base)
     margin, longer = change @ [1, -1], lengths @ [1, -1]
     product = ((margin - margin.mean()) * (longer - longer.mean())).mean()
@@ -373,35 +361,13 @@ def summarize(scores, base, lengths):
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- answers
-
-
-def answers_part(models, tokenizer, pairs, args):
-    """Return the report's part on the models' greedy answers to these pairs' prompts, side by side."""
-    rows, prompts, texts = [], [pair["prompt"] for pair in pairs], [[pair["asked"] for pair in pairs]]
-    sizes = {"completion_batch_size": args.batch_size, "prefill_batch_size": args.batch_size}
-    settings = {"max_tokens": args.max_tokens, "return_token_ids": True, **sizes}
-    for name, model in models.items():
-        done = mlx_lm.batch_generate(model, tokenizer, prompts, **settings)
-        lengths = np.array([len(ids) for ids in done.token_ids])
-        rows.append([name, f"{lengths.mean():.1f}", f"{(lengths < args.max_tokens).mean():.2f}"])
-        texts.append(done.texts)
-    lines = [f"Greedy answers to {len(pairs)} prompts.", to_table(["model", "tokens", "end by themselves"], rows)]
-    cells = [[" ".join(text.split())[:200] for text in row] for row in zip(*texts)]
-    return ["## Own answers", *lines, to_table(["prompt", *models], cells)]
-
-
 # ------------------------------------------------------------------------------------------------------------ report
 
 
 def to_table(heads, rows):
     """Return a Markdown table."""
-    cell = lambda value: str(value).replace("|", "\\|")
+    cell = lambda value: " ".join(str(value).split()).replace("|", "\\|")
     return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in [heads, ["---"] * len(heads), *rows])
-
-
-def between(value, low, high):
-    return f"{value:.2f} ({low:.2f} to {high:.2f})" if low == low else f"{value:.2f} (too few)"
 
 
 def headlines(found, scores, lengths, model):
@@ -421,26 +387,26 @@ def headlines(found, scores, lengths, model):
         if m["kl"] > 1:
             lines.append(f"Warning: kl of {name} is above 1: its answers may be broken: lower --learning-rate.")
         if m["chosen_change"][0] < 0 and not m["chosen_change"][2] >= 0:
-            lines.append(f"Warning: {name} made the chosen answers themselves less likely (likelihood displacement).")
+            lines.append(f"Warning: {name} made the chosen answers less likely, too (likelihood displacement).")
     return lines
-
-
-EXPLAINED = """Accuracy: share of the pairs whose chosen answer is the likelier one; to prefer is to find likelier a
-token. Gained: whose chosen answer gained on the rejected one against the base. Margin: by how much, without beta.
-KL(model || base): a response token."""
 
 
 def models_part(found):
     """Return the table of all models, and that of what each adapter moved."""
     heads = ["model", "accuracy, in sum", "accuracy, a token", "gained", "margin, nats", "kl", "perplexity, chosen"]
+    between = lambda mean, low, high: f"{mean:.2f} " + (f"({low:.2f} to {high:.2f})" if low == low else "(too few)")
     rows, moved = [], []
     for name, m in found.items():
         gained = [f"{m['gained']:.2f}", between(*m["margin"]), f"{m['kl']:.4f}"] if name != "base" else "---"
         rows.append([name, between(*m["accuracy"]), between(*m["accuracy_mean"]), *gained, f"{m['perplexity']:.3f}"])
-        sides = [f"{m['became_right']:.2f}", f"{m['became_wrong']:.2f}"]
-        changes = [between(*m["chosen_change"]), f"{m['rejected_change']:+.2f}"]
-        moved.append([name, " / ".join(f"{q:.2f}" for q in m["quartiles"]), *sides, *changes])
-    lines = [to_table(heads, rows), EXPLAINED]
+        changes = [f"{m['became_right']:.2f}", f"{m['became_wrong']:.2f}", between(*m["chosen_change"])]
+        quartiles = " / ".join(f"{q:.2f}" for q in m["quartiles"])
+        moved.append([name, quartiles, *changes, f"{m['rejected_change']:+.2f}"])
+    explained = (
+        "Accuracy: in how many of the pairs the chosen answer is the likelier one; preferred: a token. Gained: where it"
+        " gained on the rejected one against the base. Margin: by how much, without beta. kl: from the base, a token."
+    )
+    lines = [to_table(heads, rows), explained]
     heads = ["model", "margin quartiles", "became right", "became wrong", "chosen log-prob", "rejected log-prob"]
     return lines + (["## What moved", to_table(heads, moved[1:])] if moved[1:] else [])
 
@@ -453,8 +419,8 @@ def tests_part(scores, lengths):
         first, second, p = mcnemar(right(scores[one], by), right(scores[two], by))
         better = f"the {'first' if first > second else 'second'} is better" if p < 0.05 else "no difference to be seen"
         rows.append([f"{one}, {two}", how, first, second, len(lengths) - first - second, f"{p:.2g}", better])
-    title = ["## Which is better?", f"McNemar's exact test on {len(lengths)} pairs."]
-    return [*title, to_table(heads, rows)] if rows else []
+    title = f"McNemar's exact test on {len(lengths)} pairs."
+    return ["## Which is better?", title, to_table(heads, rows)] if rows else []
 
 
 def groups_part(found, scores, lengths, pairs):
@@ -474,6 +440,20 @@ def groups_part(found, scores, lengths, pairs):
         rows = [[kind, mask.sum(), *(share(name, mask) for name in scores)] for kind, mask in masks.items()]
         lines += [f"## Accuracy by {what}", to_table([what, "pairs", *scores], rows)] if len(masks) > 1 else []
     return lines
+
+
+def answers_part(models, tokenizer, pairs, args):
+    """Return the report's part on the models' greedy answers to these pairs' prompts, side by side."""
+    rows, prompts, texts = [], [pair["prompt"] for pair in pairs], [[pair["asked"] for pair in pairs]]
+    settings = {"max_tokens": args.max_tokens, "completion_batch_size": args.batch_size, "return_token_ids": True}
+    for name, model in models.items():
+        done = batch_generate(model, tokenizer, prompts, **settings)
+        lengths = np.array([len(ids) for ids in done.token_ids])
+        rows.append([name, f"{lengths.mean():.1f}", f"{(lengths < args.max_tokens).mean():.2f}"])
+        texts.append(done.texts)
+    lines = [f"Greedy answers to {len(pairs)} prompts.", to_table(["model", "tokens", "end by themselves"], rows)]
+    cells = [[text[:200] for text in row] for row in zip(*texts)]
+    return ["## Own answers", *lines, to_table(["prompt", *models], cells)]
 
 
 def draw(folder, scores):
@@ -516,12 +496,6 @@ def load_base(args):
             raise ValueError(error if found else f"{missing}: {error}") from error
 
 
-def with_adapter(base, path):
-    """Return a model that has the base's arrays, not copies, and an adapter: LoRA, DoRA or whole layers."""
-    with blame(path, "is it an adapter of this model?"):
-        return load_adapters(copy.deepcopy(base), str(path)).eval()
-
-
 def check_places(args):
     """Exit with one line, now and not after an hour, where a file cannot be written, or must not be written over."""
     report, records, *hard = args.out / "report.md", args.out / "pairs.jsonl", *args.hard[1:]
@@ -548,20 +522,21 @@ def main():
         mx.disable_compile()  # it calls a C++ compiler, which takes longer than it saves
     maybe_set_recommended_wired_limit()
     model, tokenizer = load_base(args)
-    models = {"base": model} | {path.resolve().name: with_adapter(model, path) for path in args.adapter_path}
-    pairs = load_rows(args, tokenizer)
+    models, pairs = {"base": model}, load_rows(args, tokenizer)
+    for path in args.adapter_path:
+        with blame(path, "is it an adapter of this model?"):  # a deep copy of a model has the same arrays in memory
+            models[path.resolve().name] = load_adapters(copy.deepcopy(model), str(path)).eval()
     with blame(args.model, "take another model or adapter; --batch-size 1 needs the least memory"):
         scores = score_pairs(models, pairs, args.batch_size)
-    lengths = np.array([[len(pair["chosen"]), len(pair["rejected"])] for pair in pairs])
+    lengths = np.array([[pair["chosen_tokens"], pair["rejected_tokens"]] for pair in pairs])
     found = {name: summarize(part, scores["base"], lengths) for name, part in scores.items()}
     lines = headlines(found, scores, lengths, args.model)
     lines += [f"{args.model} on {len(pairs)} pairs of {args.data}. In brackets: 95 % intervals, bootstrap or Wilson's."]
     lines += models_part(found) + tests_part(scores, lengths)
     shown = [*lines, f"Written: {args.out}/report.md and {args.out}/pairs.jsonl"]
     lines += groups_part(found, scores, lengths, pairs)
-    tokens = [{"chosen_tokens": chosen, "rejected_tokens": rejected} for chosen, rejected in lengths.tolist()]
-    records = [{"place": pair["place"], **row, "models": pair["scores"]} for pair, row in zip(pairs, tokens)]
-    write(args.out / "pairs.jsonl", map(json.dumps, records))
+    kept = ("place", "chosen_tokens", "rejected_tokens", "models")
+    write(args.out / "pairs.jsonl", [json.dumps({name: pair[name] for name in kept}) for pair in pairs])
     if args.hard:
         gaps = [part[:, 0] - part[:, 1] for part in scores.values()]
         margins = gaps[-1] - gaps[0] if args.adapter_path else gaps[0]
