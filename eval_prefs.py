@@ -526,7 +526,7 @@ def main():
     for path in args.adapter_path:
         with blame(path, "is it an adapter of this model?"):  # a deep copy of a model has the same arrays in memory
             models[path.resolve().name] = load_adapters(copy.deepcopy(model), str(path)).eval()
-    with blame(args.model, "take another model or adapter; --batch-size 1 needs the least memory"):
+    with blame(args.model, "take another model or adapter or, where memory ends, --batch-size 1"):
         scores = score_pairs(models, pairs, args.batch_size)
     lengths = np.array([[pair["chosen_tokens"], pair["rejected_tokens"]] for pair in pairs])
     found = {name: summarize(part, scores["base"], lengths) for name, part in scores.items()}

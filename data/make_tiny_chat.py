@@ -553,7 +553,10 @@ def check(adapter):
     rows = [json.loads(line) for line in (HERE / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     found = {}
     for when, path in (("before", None), ("after", str(adapter))):
-        model, tokenizer = mlx_lm.load(str(HERE / "tiny-chat"), adapter_path=path)
+        try:
+            model, tokenizer = mlx_lm.load(str(HERE / "tiny-chat"), adapter_path=path)
+        except Exception as error:
+            sys.exit(f"{path}: {' '.join(str(error).split())[:300]}: it must be an adapter of data/tiny-chat")
         prompts = [tokenizer.apply_chat_template(prompt_messages(row), add_generation_prompt=True) for row in rows]
         manners = [manner(text) for text in mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=80).texts]
         found[when] = {kind: manners.count(kind) for kind in ("helpful", "evasive", "other")}
