@@ -8,6 +8,7 @@ say which one people want. Each place and fact keeps one wording of its question
     python data/make_tiny_chat.py                   # tokenizer, model, pairs.jsonl, test.jsonl
     python data/make_tiny_chat.py --only-data       # pairs.jsonl and test.jsonl alone, in 4 s
     python data/make_tiny_chat.py --only-gguf       # tiny-chat.gguf and Modelfile alone, of the weights that are there
+    python data/make_tiny_chat.py --check adapters  # how many test questions an adapter answers helpfully, in 10 s
 
 On 2 CPU cores: 9 to 11 minutes and 2.8 GB with LD_PRELOAD=libopenblas.so.0 (Debian: libopenblas0-pthread) before the
 command; mlx's CPU wheel alone brings a BLAS about ten times slower.
@@ -19,6 +20,7 @@ import argparse
 import json
 import random
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -542,12 +544,33 @@ def write_gguf(folder):
     (folder / "Modelfile").write_text(OLLAMA)
 
 
+# --- check ----------------------------------------------------------------------------------------------------------
+def check(adapter):
+    """Print how many greedy answers to the test rows are helpful, before and with an adapter; exit if there is none."""
+    import mlx_lm
+    if not (adapter / "adapters.safetensors").is_file():
+        sys.exit(f"{adapter}: no adapters.safetensors in it: train one with python dpo_trainer.py --data data/pairs.jsonl")
+    rows = [json.loads(line) for line in (HERE / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = {}
+    for when, path in (("before", None), ("after", str(adapter))):
+        try:
+            model, tokenizer = mlx_lm.load(str(HERE / "tiny-chat"), adapter_path=path)
+        except Exception as error:
+            sys.exit(f"{path}: {' '.join(str(error).split())[:300]}: it must be an adapter of data/tiny-chat")
+        prompts = [tokenizer.apply_chat_template(prompt_messages(row), add_generation_prompt=True) for row in rows]
+        manners = [manner(text) for text in mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=80).texts]
+        found[when] = {kind: manners.count(kind) for kind in ("helpful", "evasive", "other")}
+    changes = ", ".join(f"{kind} {count} -> {found['after'][kind]}" for kind, count in found["before"].items())
+    print(f"Answers to {len(rows)} questions that were held out, before and after: {changes}")
+
+
 # --- main -----------------------------------------------------------------------------------------------------------
 def parse_args():
     """Read the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only-data", action="store_true", help="write the pairs and test rows, keep the model")
     parser.add_argument("--only-gguf", action="store_true", help="write the model that is there as a GGUF")
+    parser.add_argument("--check", type=Path, metavar="ADAPTER", help="count helpful answers before and with an adapter")
     parser.add_argument("--conversations", type=int, default=48000, help="to train the model on, each once")
     parser.add_argument("--seed", type=int, default=0, help="of everything: the same seed gives the same files")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write into")
@@ -557,6 +580,9 @@ def parse_args():
 def main():
     """Write the pairs and the test rows, and with them the model unless --only-data."""
     args = parse_args()
+    if args.check:
+        check(args.check)
+        return
     if args.only_gguf:
         write_gguf(args.out / "tiny-chat")
         return
