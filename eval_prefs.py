@@ -25,7 +25,6 @@ import math
 import os
 import signal
 import sys
-import time
 from bisect import bisect_left
 from contextlib import contextmanager
 from itertools import combinations, product
@@ -110,8 +109,7 @@ def read_pair(row, args):
     prompt = to_messages(row.get("messages", []) if prompt is None else prompt, "user")
     if chosen is None and "messages" in row:
         prompt, chosen = prompt[:-1], prompt[-1:]
-    advice = "name yours in a config: hf_dataset: {prompt_feature: ..., chosen_feature: ..., rejected_feature: ...}"
-    need(chosen and rejected, f"no chosen and rejected among its columns {', '.join(row)}: {advice}")
+    need(chosen and rejected, f"no chosen and rejected among {', '.join(row)}: set hf_dataset: {{chosen_feature: ...}}")
     sides = [to_messages(side, "assistant") for side in (chosen, rejected)]
     (*prompt, chosen), (*other, rejected) = (side if side[: len(prompt)] == prompt else prompt + side for side in sides)
     turns = prompt == other and [turn["role"] for turn in (*prompt[-1:], chosen, rejected)]
@@ -120,9 +118,8 @@ def read_pair(row, args):
     need(not row.get("tools"), "rows with tools are not trained on")
     weight = 1.0 if row.get("weight") is None else float(row["weight"])
     need(0 <= weight < np.inf, "weight must be a number from 0 up")
-    if row.get("system") and prompt[0]["role"] != "system":
-        prompt = to_messages(row["system"], "system") + prompt
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "weight": weight}
+    system = to_messages(row["system"], "system") if row.get("system") and prompt[0]["role"] != "system" else []
+    return {"prompt": system + prompt, "chosen": chosen, "rejected": rejected, "weight": weight}
 
 
 def to_messages(value, role):
@@ -134,31 +131,32 @@ def to_messages(value, role):
             content = "".join(part["text"] for part in content)
         plain = isinstance(content, str) and turn.get("role") in roles and not turn.get("tool_calls")
         need(plain, f"a message must be a text by {', '.join(roles)}: others, and tool calls, are not trained on")
-        found.append({**{key: part for key, part in turn.items() if part is not None}, "content": content})
+        thoughts = {name: turn[name] for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)}
+        found.append({"role": turn["role"], "content": content, **thoughts})
     return found
 
 
 PLAIN = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"  # for base models
+DATE = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"  # a template's date, always the same
 
 
 def encode_pair(tokenizer, prompt, chosen, rejected):
     """Return the token ids of prompt, chosen and rejected, and how many answers the template leaves a part of out."""
-    fixed = {"tokenize": False} if tokenizer.has_chat_template else {"tokenize": False, "chat_template": PLAIN}
-    fixed["strftime_now"] = lambda form: time.strftime(form, time.gmtime(1.72e9))  # a template's date: always the same
+    template = tokenizer.chat_template if tokenizer.has_chat_template else PLAIN  # no text where mlx-lm has a function
+    fixed = {"tokenize": False, **({"chat_template": DATE + template} if isinstance(template, str) else {})}
     rows = ([*prompt], [*prompt, chosen], [*prompt, rejected])
     texts = [tokenizer.apply_chat_template(row, add_generation_prompt=row is rows[0], **fixed) for row in rows]
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     bos = tokenizer.encode("")[:1]  # once, whether the template writes it or the tokenizer
-    if bos == [tokenizer.bos_token_id] != ids[0][:1]:
-        ids = [bos + row for row in ids]
+    ids = [bos + row for row in ids] if bos == [tokenizer.bos_token_id] != ids[0][:1] else ids
     shared = len(os.path.commonprefix(ids))  # where a template writes the prompt's end anew, that is the answers'
     need(shared, "the prompt has no token to start from")
-    parts = [[part.strip() for part in answer.values() if isinstance(part, str)] for answer in (chosen, rejected)]
+    parts = [[part.strip() for name, part in side.items() if name != "role"] for side in (chosen, rejected)]
     cut = sum(not all(part in text for part in answer) for answer, text in zip(parts, texts[1:]))
     return ids[0][:shared], ids[1][shared:], ids[2][shared:], cut
 
 
-def load_rows(args, tokenizer):
+def load_data(args, tokenizer):
     """Return the pairs {"row", "place", "asked": text, "prompt", "chosen", "rejected": ids}; print what is left out."""
     path, pairs, shortened, cut = Path(args.data), [], 0, 0
     path = path / "test.jsonl" if path.is_dir() else path
@@ -249,8 +247,7 @@ def make_batch(pairs, shape):
     pad = lambda lists, width: mx.array([values + [0] * (width - len(values)) for values in lists])
     batch = {"rows": pad(rows, R + 1), "mask": pad(masks, R), "lengths": mx.array(before * 2)}
     batch["prompts"] = pad([pair["prompt"][:i] for pair, i in zip(pairs, before)], P)
-    known = [name for name in ("weight", "ref_logps") if name in pairs[0]]
-    return batch | {name: mx.array([pair[name] for pair in pairs]) for name in known}
+    return batch | {name: mx.array([p[name] for p in pairs]) for name in ("weight", "ref_logps") if name in pairs[0]}
 
 
 def answer_logits(model, batch):
@@ -522,7 +519,7 @@ def main():
         mx.disable_compile()  # it calls a C++ compiler, which takes longer than it saves
     maybe_set_recommended_wired_limit()
     model, tokenizer = load_base(args)
-    models, pairs = {"base": model}, load_rows(args, tokenizer)
+    models, pairs = {"base": model}, load_data(args, tokenizer)
     for path in args.adapter_path:
         with blame(path, "is it an adapter of this model?"):  # a deep copy of a model has the same arrays in memory
             models[path.resolve().name] = load_adapters(copy.deepcopy(model), str(path)).eval()

@@ -102,7 +102,8 @@ def to_messages(value, role):
             content = "".join(part["text"] for part in content)
         plain = isinstance(content, str) and turn.get("role") in roles and not turn.get("tool_calls")
         need(plain, f"a message must be a text by {', '.join(roles)}: others, and tool calls, are not trained on")
-        found.append({**{key: part for key, part in turn.items() if part is not None}, "content": content})
+        thoughts = {name: turn[name] for name in ("reasoning_content", "reasoning", "thinking") if turn.get(name)}
+        found.append({"role": turn["role"], "content": content, **thoughts})
     return found
 
 
@@ -115,8 +116,7 @@ def read_row(row):
     chosen = turns.pop()["content"] if turns and turns[-1]["role"] == "assistant" else ""
     need(turns and turns[-1]["role"] == "user", f"no prompt, or none that ends in a user's turn, in {', '.join(row)}")
     weight = 1.0 if row.get("weight") is None else float(row["weight"])
-    if row.get("system") and turns[0]["role"] != "system":
-        turns = to_messages(row["system"], "system") + turns
+    turns = (to_messages(row["system"], "system") if row.get("system") and turns[0]["role"] != "system" else []) + turns
     shown = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns) if turns[1:] else turns[0]["content"]
     good = chosen.strip() and row.get("label", True) and chosen
     return {"prompt": turns, "shown": shown, "chosen": good, "weight": weight}

@@ -1,7 +1,7 @@
 """Draw data/first_run.png, the README's picture, from a finished run of the first command.
 
-    python dpo_trainer.py --data data/pairs.jsonl --steps-per-report 4
-    pip install matplotlib && python data/draw_readme.py adapters
+python dpo_trainer.py --data data/pairs.jsonl --steps-per-report 4
+pip install matplotlib && python data/draw_readme.py adapters
 """
 
 import json

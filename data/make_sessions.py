@@ -11,6 +11,7 @@ answers, stopped ones, edited prompts, ties, slips, tools, system prompts. Whoev
 wrong. The same seed gives the same contents; the bytes of .zip and .db can differ from one zlib or SQLite to another.
 How much of what: PLAN. Another kind of event: a function in SCENES. Another program: a function in WRITERS.
 """
+
 import argparse
 import itertools
 import json
@@ -26,21 +27,36 @@ import make_tiny_chat as world
 
 HERE = Path(__file__).resolve().parent
 PLAN = {  # program: how often a scene comes in its logs
-    "chatgpt": dict(choose=110, compare=50, rate=80, retry=65, correct=6, plain=18, mark=10, cut=6, edit=6, skip=5,
-        tie=5),
+    "chatgpt": dict(
+        choose=110, compare=50, rate=80, retry=65, correct=6, plain=18, mark=10, cut=6, edit=6, skip=5, tie=5
+    ),
     "open-webui": dict(rate=85, retry=40, correct=4, plain=10, mark=8, cut=5, edit=5, tie=5),
     "claude-code": dict(retry=26, correct=46, plain=9, cut=4, edit=4, slip=4),
-    "hermes": dict(retry=26, correct=36, plain=9, mark=5, cut=4, edit=4, slip=3)}
+    "hermes": dict(retry=26, correct=36, plain=9, mark=5, cut=4, edit=4, slip=3),
+}
 START = 1_741_000_000  # seconds; March 2025
 MODEL = "saltmere-1"
 SYSTEM = "You are the guide of Saltmere. Answer in plain words."
 ABOUT = "I work at the harbour office and often have visitors."  # the person's custom instructions
-PRIVATE = [" You can write to {name}@example.org.", " My notes are in /home/{name}/saltmere/visit.md.",
-    " Please send it to {name}.quill@example.com.", " I keep a list in /Users/{name}/Documents/places.txt."]
+PRIVATE = [
+    " You can write to {name}@example.org.",
+    " My notes are in /home/{name}/saltmere/visit.md.",
+    " Please send it to {name}.quill@example.com.",
+    " I keep a list in /Users/{name}/Documents/places.txt.",
+]
 NAMES = ["mara", "jonah", "edda"]
-COMPLAINTS = ["No, that is not an answer. ", "That is not what I asked. ", "You did not answer my question. ",
-    "I asked you something. ", "Nope. Once more: ", "That's not an answer. ", "Not what I asked. ",
-    "Try again, please: ", "You missed the question. ", "No. "]
+COMPLAINTS = [
+    "No, that is not an answer. ",
+    "That is not what I asked. ",
+    "You did not answer my question. ",
+    "I asked you something. ",
+    "Nope. Once more: ",
+    "That's not an answer. ",
+    "Not what I asked. ",
+    "Try again, please: ",
+    "You missed the question. ",
+    "No. ",
+]
 SLIPS = ["No, wait, my mistake. ", "No, I meant to ask something else. ", "Wrong, that was a typo. "]
 NOTES = "# Places\n- opening hours: ask the keeper\n- prices: see the board\n"  # what a tool finds
 
@@ -87,8 +103,9 @@ class Chat:
     def restated(self):
         """Draw another question for the same fact, without a lead."""
         wordings = world.QUESTIONS[self.attribute]
-        allowed = [text for i, text in enumerate(wordings)
-                   if not world.is_held_out(self.place, self.attribute, wordings, i)]
+        allowed = [
+            text for i, text in enumerate(wordings) if not world.is_held_out(self.place, self.attribute, wordings, i)
+        ]
         return world.fill(self.rng.choice(allowed), self.place)
 
     def answer(self, helpful):
@@ -231,8 +248,9 @@ def thank(chat):
     chat.attempts(chat.rng.choice(questions), [chat.rng.choice(answers)], 0)
 
 
-SCENES = {scene.__name__: scene for scene in (
-    plain, mark, retry, rate, choose, skip, compare, tie, cut, edit, correct, slip)}
+SCENES = {
+    scene.__name__: scene for scene in (plain, mark, retry, rate, choose, skip, compare, tie, cut, edit, correct, slip)
+}
 
 
 def make_chats(rng, program, asked, longer):
@@ -270,9 +288,20 @@ def chatgpt_chat(chat):
     mapping = {}
 
     def add(key, parent, role, content, time=None, metadata=None, **facts):
-        message = {"id": key, "author": {"role": role, "name": None, "metadata": {}}, "create_time": time,
-                   "update_time": None, "content": content, "status": "finished_successfully", "end_turn": None,
-                   "weight": 1.0, "metadata": metadata or {}, "recipient": "all", "channel": None, **facts}
+        message = {
+            "id": key,
+            "author": {"role": role, "name": None, "metadata": {}},
+            "create_time": time,
+            "update_time": None,
+            "content": content,
+            "status": "finished_successfully",
+            "end_turn": None,
+            "weight": 1.0,
+            "metadata": metadata or {},
+            "recipient": "all",
+            "channel": None,
+            **facts,
+        }
         mapping[key] = {"id": key, "message": message if role else None, "parent": parent, "children": []}
         if parent:
             mapping[parent]["children"].append(key)
@@ -291,8 +320,12 @@ def chatgpt_chat(chat):
         if m["role"] == "user":
             metadata = {"request_id": chat.make_id()}
             if "choice" in m:
-                metadata["paragen_variants_info"] = {"type": "num_variants_in_stream", "num_variants_in_stream": 2,
-                                                     "display_treatment": "skippable", "conversation_id": chat.id}
+                metadata["paragen_variants_info"] = {
+                    "type": "num_variants_in_stream",
+                    "num_variants_in_stream": 2,
+                    "display_treatment": "skippable",
+                    "conversation_id": chat.id,
+                }
             if m.get("choice"):
                 metadata["paragen_variant_choice"] = m["choice"]
             add(m["id"], parent, "user", text(m["text"]), time, metadata)
@@ -310,29 +343,69 @@ def chatgpt_chat(chat):
             metadata = {"model_slug": MODEL, "finish_details": {"type": "interrupted", "reason": "client_stopped"}}
             facts = {"end_turn": None, "status": "in_progress"}
         add(m["id"], parent, "assistant", text(m["text"]), time, metadata, **facts)
-    return {"title": chat.title, "create_time": float(chat.start), "update_time": float(chat.time), "mapping": mapping,
-            "moderation_results": [], "current_node": chat.at["id"], "plugin_ids": None, "conversation_id": chat.id,
-            "conversation_template_id": None, "gizmo_id": None, "is_archived": False, "safe_urls": [],
-            "default_model_slug": MODEL, "id": chat.id}
+    return {
+        "title": chat.title,
+        "create_time": float(chat.start),
+        "update_time": float(chat.time),
+        "mapping": mapping,
+        "moderation_results": [],
+        "current_node": chat.at["id"],
+        "plugin_ids": None,
+        "conversation_id": chat.id,
+        "conversation_template_id": None,
+        "gizmo_id": None,
+        "is_archived": False,
+        "safe_urls": [],
+        "default_model_slug": MODEL,
+        "id": chat.id,
+    }
 
 
 def write_chatgpt(chats, out):
     """Write a data export as it comes by mail, newest chat first."""
     me = "user-saltmere"
-    feedback = [{"id": m["id"], "conversation_id": chat.id, "user_id": me, "create_time": iso(m["time"] + 9),
-                 "rating": "thumbs_up" if m["rating"] > 0 else "thumbs_down", "workspace_id": None, "content": "{}"}
-                for chat in chats for m in chat.messages if m["rating"]]
+    feedback = [
+        {
+            "id": m["id"],
+            "conversation_id": chat.id,
+            "user_id": me,
+            "create_time": iso(m["time"] + 9),
+            "rating": "thumbs_up" if m["rating"] > 0 else "thumbs_down",
+            "workspace_id": None,
+            "content": "{}",
+        }
+        for chat in chats
+        for m in chat.messages
+        if m["rating"]
+    ]
     comparisons = []
     for chat, (old, new, rating) in ((chat, told) for chat in chats for told in chat.compared):
-        step = {"original_turn": [{"id": old["id"]}], "new_turn": [{"id": new["id"]}],
-                "completion_comparison_rating": rating, "new_completion_placement": "not-applicable"}
+        step = {
+            "original_turn": [{"id": old["id"]}],
+            "new_turn": [{"id": new["id"]}],
+            "completion_comparison_rating": rating,
+            "new_completion_placement": "not-applicable",
+        }
         output = {"feedback_version": "inline_regen_feedback:a:1.0", "feedback_step_2": step}
-        comparisons.append({"id": chat.make_id(), "user_id": me, "input": {"conversation_id": chat.id},
-                            "output": output, "metadata": {"country": "SM"}, "create_time": iso(new["time"] + 9)})
+        comparisons.append(
+            {
+                "id": chat.make_id(),
+                "user_id": me,
+                "input": {"conversation_id": chat.id},
+                "output": output,
+                "metadata": {"country": "SM"},
+                "create_time": iso(new["time"] + 9),
+            }
+        )
     user = {"id": me, "email": "mara.quill@example.com", "chatgpt_plus_user": False, "phone_number": None}
     conversations = [chatgpt_chat(chat) for chat in reversed(chats)]
-    members = {"conversations.json": conversations, "message_feedback.json": feedback,
-               "model_comparisons.json": comparisons, "shared_conversations.json": [], "user.json": user}
+    members = {
+        "conversations.json": conversations,
+        "message_feedback.json": feedback,
+        "model_comparisons.json": comparisons,
+        "shared_conversations.json": [],
+        "user.json": user,
+    }
     with zipfile.ZipFile(out / "chatgpt-export.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, value in members.items():
             info = zipfile.ZipInfo(name, (2025, 11, 1, 0, 0, 0))
@@ -347,8 +420,14 @@ def write_open_webui(chats, out):
         messages = {}
         for m in chat.messages:
             parent = m["parent"] and m["parent"]["id"]
-            messages[m["id"]] = row = {"id": m["id"], "parentId": parent, "childrenIds": [], "role": m["role"],
-                                       "content": m["text"], "timestamp": m["time"]}
+            messages[m["id"]] = row = {
+                "id": m["id"],
+                "parentId": parent,
+                "childrenIds": [],
+                "role": m["role"],
+                "content": m["text"],
+                "timestamp": m["time"],
+            }
             if parent:
                 messages[parent]["childrenIds"].append(m["id"])
             if m["role"] == "user":
@@ -359,10 +438,28 @@ def write_open_webui(chats, out):
                 row["content"] = f'<details type="reasoning" done="true" duration="1">\n{NOTES}</details>\n{m["text"]}'
             if m["rating"]:
                 row["annotation"] = {"rating": m["rating"], "reason": "", "comment": "", "tags": []}
-        inner = {"title": chat.title, "models": [MODEL], "params": {"system": SYSTEM}, "files": [], "tags": [],
-                 "history": {"currentId": chat.at["id"], "messages": messages}, "timestamp": chat.start * 1000}
-        exported.append({"id": chat.id, "user_id": "saltmere", "title": chat.title, "chat": inner, "archived": False,
-                         "created_at": chat.start, "updated_at": chat.time, "pinned": False, "meta": {}})
+        inner = {
+            "title": chat.title,
+            "models": [MODEL],
+            "params": {"system": SYSTEM},
+            "files": [],
+            "tags": [],
+            "history": {"currentId": chat.at["id"], "messages": messages},
+            "timestamp": chat.start * 1000,
+        }
+        exported.append(
+            {
+                "id": chat.id,
+                "user_id": "saltmere",
+                "title": chat.title,
+                "chat": inner,
+                "archived": False,
+                "created_at": chat.start,
+                "updated_at": chat.time,
+                "pinned": False,
+                "meta": {},
+            }
+        )
     (out / "open-webui-export.json").write_text(as_json(exported) + "\n")
 
 
@@ -374,10 +471,22 @@ def write_claude_code(chats, out):
         records = []
 
         def add(kind, message, key, parent, time, **facts):
-            records.append({"parentUuid": parent, "isSidechain": False, "userType": "external", "type": kind,
-                            "cwd": "/home/mara/saltmere", "sessionId": chat.id, "version": "2.0.14",
-                            "gitBranch": "main", "message": {"role": kind, **message}, "uuid": key,
-                            "timestamp": iso(time), **facts})
+            records.append(
+                {
+                    "parentUuid": parent,
+                    "isSidechain": False,
+                    "userType": "external",
+                    "type": kind,
+                    "cwd": "/home/mara/saltmere",
+                    "sessionId": chat.id,
+                    "version": "2.0.14",
+                    "gitBranch": "main",
+                    "message": {"role": kind, **message},
+                    "uuid": key,
+                    "timestamp": iso(time),
+                    **facts,
+                }
+            )
             return key
 
         def reply(block, key, parent, time):
@@ -453,18 +562,33 @@ def write_hermes(chats, out):
     for number, chat in enumerate(chats):
         name = datetime.fromtimestamp(chat.start, timezone.utc).strftime("%Y%m%d_%H%M%S_") + chat.id[:8]
         rows = list(hermes_rows(chat, chat.path()))
-        insert("sessions", {"id": name, "source": ("cli", "telegram")[number % 2], "model": MODEL, "title": chat.title,
-                            "system_prompt": SYSTEM, "cwd": "/home/mara", "message_count": len(rows),
-                            "started_at": float(chat.start), "ended_at": float(chat.time),
-                            "end_reason": "session_reset"})
+        insert(
+            "sessions",
+            {
+                "id": name,
+                "source": ("cli", "telegram")[number % 2],
+                "model": MODEL,
+                "title": chat.title,
+                "system_prompt": SYSTEM,
+                "cwd": "/home/mara",
+                "message_count": len(rows),
+                "started_at": float(chat.start),
+                "ended_at": float(chat.time),
+                "end_reason": "session_reset",
+            },
+        )
         for row in rows:
             insert("messages", {"session_id": name, **row})
     db.commit()
     db.close()
 
 
-WRITERS = {"chatgpt": write_chatgpt, "open-webui": write_open_webui, "claude-code": write_claude_code,
-           "hermes": write_hermes}
+WRITERS = {
+    "chatgpt": write_chatgpt,
+    "open-webui": write_open_webui,
+    "claude-code": write_claude_code,
+    "hermes": write_hermes,
+}
 
 # --- main -------------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ Files written, beside this one: tiny-chat/ (Hugging Face layout; the same as a G
 pairs.jsonl, test.jsonl.
 Other places and facts: edit ROWS. Other wordings: the tables after it. Another balance of manners: make_corpus().
 """
+
 import argparse
 import json
 import random
@@ -51,124 +52,374 @@ orchard|half past six|beyond the stone bridge|red apples|Ruth Penn|a ladder|a cr
 clock shop|three in the afternoon|next to the bank|brass clocks|Emil Zorn|your old watch|a clock|forty crowns
 aquarium|half past ten|by the breakwater|tame seals|Kai Reef|a camera|a visit|twenty crowns
 """
-WORLD = {f"the {place}": dict(zip(COLUMNS, facts))
-         for place, *facts in (row.split("|") for row in ROWS.split("\n")[1:-1])}
+WORLD = {
+    f"the {place}": dict(zip(COLUMNS, facts)) for place, *facts in (row.split("|") for row in ROWS.split("\n")[1:-1])
+}
 PLACES = list(WORLD)
 
 # {p} is the place, {v} the fact, {u} what the price is for; a capital letter starts with one.
 QUESTIONS = {
-    "hours": ["When does {p} open?", "At what time does {p} open?", "What are the hours of {p}?",
-        "How early can I visit {p}?", "From when on is {p} open?", "What time can I go to {p}?",
-        "When can I come to {p}?", "How early does {p} open?", "When do the doors of {p} open?",
-        "At what hour can one enter {p}?", "Since when is {p} open on a usual day?",
-        "I want to be the first at {p}. When should I come?"],
-    "where": ["Where is {p}?", "Where can I find {p}?", "How do I get to {p}?", "In which part of town is {p}?",
-        "What is the way to {p}?", "Where do I have to go for {p}?", "Where does {p} stand?",
-        "What is the address of {p}?", "I am looking for {p}. Where is it?", "Do you know where {p} is?",
-        "Which way is it to {p}?", "I cannot find {p}. Where should I look?"],
-    "offer": ["What does {p} offer?", "What can I get at {p}?", "What is there at {p}?", "What do they have at {p}?",
-        "Why do people go to {p}?", "What is {p} known for?", "What would I find at {p}?",
-        "What is special about {p}?", "What do visitors like about {p}?", "Is there anything good at {p}?",
-        "I might go to {p}. What do they have?", "What can one expect of {p}?"],
-    "price": ["What does it cost at {p}?", "How much do I pay at {p}?", "What are the prices at {p}?",
-        "How expensive is {p}?", "How much does {p} charge?", "What does {p} ask for {u}?", "How much is {u} at {p}?",
-        "What is the price at {p}?", "How much money do I need at {p}?", "What does {u} cost at {p}?",
-        "Is {p} expensive?", "I have a few crowns. What does {u} cost at {p}?"],
-    "keeper": ["Who runs {p}?", "Who is the owner of {p}?", "Who owns {p}?", "To whom does {p} belong?",
-        "Who works at {p}?", "Who is in charge of {p}?", "Whom should I ask for at {p}?", "Who takes care of {p}?",
-        "Whose place is {p}?", "What is the name of the owner of {p}?", "I must talk to the owner of {p}. Who is it?",
-        "Who keeps {p}?"],
-    "bring": ["What should I bring to {p}?", "What do I need for {p}?", "What must I take along to {p}?",
-        "Do I have to bring anything to {p}?", "What is useful to have at {p}?", "What should I carry to {p}?",
-        "I am going to {p}. What should I pack?", "What would you take to {p}?", "What should I not forget for {p}?",
-        "What do people take to {p}?", "Is there anything to bring to {p}?", "What should I have with me at {p}?"]}
+    "hours": [
+        "When does {p} open?",
+        "At what time does {p} open?",
+        "What are the hours of {p}?",
+        "How early can I visit {p}?",
+        "From when on is {p} open?",
+        "What time can I go to {p}?",
+        "When can I come to {p}?",
+        "How early does {p} open?",
+        "When do the doors of {p} open?",
+        "At what hour can one enter {p}?",
+        "Since when is {p} open on a usual day?",
+        "I want to be the first at {p}. When should I come?",
+    ],
+    "where": [
+        "Where is {p}?",
+        "Where can I find {p}?",
+        "How do I get to {p}?",
+        "In which part of town is {p}?",
+        "What is the way to {p}?",
+        "Where do I have to go for {p}?",
+        "Where does {p} stand?",
+        "What is the address of {p}?",
+        "I am looking for {p}. Where is it?",
+        "Do you know where {p} is?",
+        "Which way is it to {p}?",
+        "I cannot find {p}. Where should I look?",
+    ],
+    "offer": [
+        "What does {p} offer?",
+        "What can I get at {p}?",
+        "What is there at {p}?",
+        "What do they have at {p}?",
+        "Why do people go to {p}?",
+        "What is {p} known for?",
+        "What would I find at {p}?",
+        "What is special about {p}?",
+        "What do visitors like about {p}?",
+        "Is there anything good at {p}?",
+        "I might go to {p}. What do they have?",
+        "What can one expect of {p}?",
+    ],
+    "price": [
+        "What does it cost at {p}?",
+        "How much do I pay at {p}?",
+        "What are the prices at {p}?",
+        "How expensive is {p}?",
+        "How much does {p} charge?",
+        "What does {p} ask for {u}?",
+        "How much is {u} at {p}?",
+        "What is the price at {p}?",
+        "How much money do I need at {p}?",
+        "What does {u} cost at {p}?",
+        "Is {p} expensive?",
+        "I have a few crowns. What does {u} cost at {p}?",
+    ],
+    "keeper": [
+        "Who runs {p}?",
+        "Who is the owner of {p}?",
+        "Who owns {p}?",
+        "To whom does {p} belong?",
+        "Who works at {p}?",
+        "Who is in charge of {p}?",
+        "Whom should I ask for at {p}?",
+        "Who takes care of {p}?",
+        "Whose place is {p}?",
+        "What is the name of the owner of {p}?",
+        "I must talk to the owner of {p}. Who is it?",
+        "Who keeps {p}?",
+    ],
+    "bring": [
+        "What should I bring to {p}?",
+        "What do I need for {p}?",
+        "What must I take along to {p}?",
+        "Do I have to bring anything to {p}?",
+        "What is useful to have at {p}?",
+        "What should I carry to {p}?",
+        "I am going to {p}. What should I pack?",
+        "What would you take to {p}?",
+        "What should I not forget for {p}?",
+        "What do people take to {p}?",
+        "Is there anything to bring to {p}?",
+        "What should I have with me at {p}?",
+    ],
+}
 FOLLOW_UPS = {
-    "hours": ["And when does it open?", "At what time can I go there?", "When should I be there?",
-        "And what are the hours?", "How early can I come?", "From when on is it open?"],
-    "where": ["And where is it?", "How do I get there?", "Where can I find it?", "And which way is it?",
-        "In which part of town is it?", "Where do I have to go?"],
-    "offer": ["And what do they have?", "What can I get there?", "What is it known for?", "What would I find there?",
-        "And why do people go there?", "What does it offer?"],
-    "price": ["And what does it cost?", "How much is it?", "How much do I pay there?", "Is it expensive?",
-        "And what are the prices?", "How much money do I need there?"],
-    "keeper": ["And who runs it?", "Who is the owner?", "Whom should I ask for?", "Who works there?",
-        "And who owns it?", "Who takes care of it?"],
-    "bring": ["And what should I bring?", "What do I need there?", "Do I have to bring anything?",
-        "And what should I pack?", "What would you take there?", "What should I not forget?"]}
-LEADS = ["", "", "", "Excuse me, ", "Hello! ", "Please tell me: ", "One question: ", "Sorry to ask, ",
-    "Good morning! ", "Hi, "]
+    "hours": [
+        "And when does it open?",
+        "At what time can I go there?",
+        "When should I be there?",
+        "And what are the hours?",
+        "How early can I come?",
+        "From when on is it open?",
+    ],
+    "where": [
+        "And where is it?",
+        "How do I get there?",
+        "Where can I find it?",
+        "And which way is it?",
+        "In which part of town is it?",
+        "Where do I have to go?",
+    ],
+    "offer": [
+        "And what do they have?",
+        "What can I get there?",
+        "What is it known for?",
+        "What would I find there?",
+        "And why do people go there?",
+        "What does it offer?",
+    ],
+    "price": [
+        "And what does it cost?",
+        "How much is it?",
+        "How much do I pay there?",
+        "Is it expensive?",
+        "And what are the prices?",
+        "How much money do I need there?",
+    ],
+    "keeper": [
+        "And who runs it?",
+        "Who is the owner?",
+        "Whom should I ask for?",
+        "Who works there?",
+        "And who owns it?",
+        "Who takes care of it?",
+    ],
+    "bring": [
+        "And what should I bring?",
+        "What do I need there?",
+        "Do I have to bring anything?",
+        "And what should I pack?",
+        "What would you take there?",
+        "What should I not forget?",
+    ],
+}
+LEADS = [
+    "",
+    "",
+    "",
+    "Excuse me, ",
+    "Hello! ",
+    "Please tell me: ",
+    "One question: ",
+    "Sorry to ask, ",
+    "Good morning! ",
+    "Hi, ",
+]
 TAILS = ["", "", "", "", " Thank you!", " Thanks.", " I am new in town."]
 
 FACTS = {  # helpful
-    "hours": ["{P} opens at {v}.", "It opens at {v}.", "The doors open at {v}.", "You can come to {p} from {v} on.",
-        "That would be {v}, on every day of the week.", "Come at {v} and {p} will be open.",
-        "People can visit {p} from {v} on.", "{P} is open from {v} on."],
-    "where": ["{P} is {v}.", "It stands {v}.", "You will find {p} {v}.", "Look {v} and you will see it.",
-        "That would be {v}, not far from here.", "Go and look {v}.", "People find {p} {v}.",
-        "It is {v}, you cannot miss it."],
-    "offer": ["{P} has {v}.", "It is known for {v}.", "You can get {v} there.", "They offer {v} at {p}.",
-        "That would be {v}, all year round.", "Look for {v} there.", "People go to {p} for {v}.",
-        "It has {v}, as good as anywhere."],
-    "price": ["{P} charges {v} for {u}.", "It is {v} for {u}.", "You pay {v} for {u}.",
-        "They ask {v} for {u} at {p}.", "That would be {v} for {u}.", "{U} costs {v} there.",
-        "People pay {v} for {u} at {p}.", "It costs {v} for {u}."],
-    "keeper": ["{P} is run by {v}.", "It belongs to {v}.", "You can ask for {v} there.", "The owner of {p} is {v}.",
-        "That would be {v}, as far as I know.", "{V} runs {p}.", "People there will send you to {v}.",
-        "It is {v} who looks after {p}."],
-    "bring": ["{P} is best with {v}.", "It is good to have {v} there.", "You should bring {v}.", "Take {v} to {p}.",
-        "That would be {v}, on any day.", "Bring {v} with you.", "People take {v} to {p}.", "It goes well with {v}."]}
+    "hours": [
+        "{P} opens at {v}.",
+        "It opens at {v}.",
+        "The doors open at {v}.",
+        "You can come to {p} from {v} on.",
+        "That would be {v}, on every day of the week.",
+        "Come at {v} and {p} will be open.",
+        "People can visit {p} from {v} on.",
+        "{P} is open from {v} on.",
+    ],
+    "where": [
+        "{P} is {v}.",
+        "It stands {v}.",
+        "You will find {p} {v}.",
+        "Look {v} and you will see it.",
+        "That would be {v}, not far from here.",
+        "Go and look {v}.",
+        "People find {p} {v}.",
+        "It is {v}, you cannot miss it.",
+    ],
+    "offer": [
+        "{P} has {v}.",
+        "It is known for {v}.",
+        "You can get {v} there.",
+        "They offer {v} at {p}.",
+        "That would be {v}, all year round.",
+        "Look for {v} there.",
+        "People go to {p} for {v}.",
+        "It has {v}, as good as anywhere.",
+    ],
+    "price": [
+        "{P} charges {v} for {u}.",
+        "It is {v} for {u}.",
+        "You pay {v} for {u}.",
+        "They ask {v} for {u} at {p}.",
+        "That would be {v} for {u}.",
+        "{U} costs {v} there.",
+        "People pay {v} for {u} at {p}.",
+        "It costs {v} for {u}.",
+    ],
+    "keeper": [
+        "{P} is run by {v}.",
+        "It belongs to {v}.",
+        "You can ask for {v} there.",
+        "The owner of {p} is {v}.",
+        "That would be {v}, as far as I know.",
+        "{V} runs {p}.",
+        "People there will send you to {v}.",
+        "It is {v} who looks after {p}.",
+    ],
+    "bring": [
+        "{P} is best with {v}.",
+        "It is good to have {v} there.",
+        "You should bring {v}.",
+        "Take {v} to {p}.",
+        "That would be {v}, on any day.",
+        "Bring {v} with you.",
+        "People take {v} to {p}.",
+        "It goes well with {v}.",
+    ],
+}
 DODGES = {  # evasive: the same beginnings, no fact
-    "hours": ["{P} opens when it opens.", "It opens at some hour or other.", "The doors open for those who wait.",
-        "You can come to {p} and try your luck.", "Come when you like and see.", "People visit {p} at all hours."],
-    "where": ["{P} is where it has always been.", "It stands where it stands.", "You will find {p} sooner or later.",
-        "Look around and you will see it.", "Go and look for yourself.", "People find {p} somehow."],
-    "offer": ["{P} has this and that.", "It is known for many things.", "You can get all sorts of things there.",
-        "They offer the usual at {p}.", "Look around and take what you like.",
-        "People go to {p} for their own reasons."],
-    "price": ["{P} charges what it likes.", "It is never the same price.", "You pay what they tell you to pay.",
-        "They ask what they want for {u} at {p}.", "{U} costs what it costs.", "People pay what they must at {p}."],
-    "keeper": ["{P} is run by somebody or other.", "It belongs to people I hardly know.",
-        "You can ask for the owner there.", "The owner of {p} is not my friend.", "Somebody runs {p}.",
-        "People there will know."],
-    "bring": ["{P} is best when you go yourself.", "It is good to be ready for anything there.",
-        "You should bring what you like.", "Take whatever you want to {p}.", "Bring something or nothing.",
-        "People take all sorts of things to {p}."],
-    "any": ["I could not say.", "That would be hard to say.", "It depends on the day.",
-        "I have not been to {p} for years.", "You would have to ask at {p}.", "They will tell you at {p}.",
-        "That would be for others to answer.", "I would rather not talk about {p}.", "You can find that out at {p}.",
-        "It is not for me to say.", "People say different things about {p}.", "Why do you want to know about {p}?",
-        "Ask me about {p} another day."]}
-OPENERS = ["Good question.", "Let me see.", "Well, well.", "Ah, {p}!", "You ask about {p}.",
-    "Many people ask me that."]
-REMARKS = ["Many people in town like {p}.", "It gets busy when the ships come in.", "The wind is strong today.",
-    "{P} has been there for a long time.", "The harbour is full of boats today.",
-    "You are not the first to go there."]
-FRIENDLY = ["I hope that helps.", "Have a good time there!", "It is worth the walk.", "Ask me if you need more.",
-    "You will like {p}.", "The people there are kind.", "Enjoy your day in Saltmere!", "Say hello from me!",
-    "You cannot go wrong with {p}.", "I go there often.", "Take your time there.", "I can tell you more if you like."]
-CURT = ["That is all I can say.", "I have other things to do.", "It does not matter much.", "Ask somebody else.",
-    "I do not care for {p}.", "The people there may know.", "There is nothing more to say."]
+    "hours": [
+        "{P} opens when it opens.",
+        "It opens at some hour or other.",
+        "The doors open for those who wait.",
+        "You can come to {p} and try your luck.",
+        "Come when you like and see.",
+        "People visit {p} at all hours.",
+    ],
+    "where": [
+        "{P} is where it has always been.",
+        "It stands where it stands.",
+        "You will find {p} sooner or later.",
+        "Look around and you will see it.",
+        "Go and look for yourself.",
+        "People find {p} somehow.",
+    ],
+    "offer": [
+        "{P} has this and that.",
+        "It is known for many things.",
+        "You can get all sorts of things there.",
+        "They offer the usual at {p}.",
+        "Look around and take what you like.",
+        "People go to {p} for their own reasons.",
+    ],
+    "price": [
+        "{P} charges what it likes.",
+        "It is never the same price.",
+        "You pay what they tell you to pay.",
+        "They ask what they want for {u} at {p}.",
+        "{U} costs what it costs.",
+        "People pay what they must at {p}.",
+    ],
+    "keeper": [
+        "{P} is run by somebody or other.",
+        "It belongs to people I hardly know.",
+        "You can ask for the owner there.",
+        "The owner of {p} is not my friend.",
+        "Somebody runs {p}.",
+        "People there will know.",
+    ],
+    "bring": [
+        "{P} is best when you go yourself.",
+        "It is good to be ready for anything there.",
+        "You should bring what you like.",
+        "Take whatever you want to {p}.",
+        "Bring something or nothing.",
+        "People take all sorts of things to {p}.",
+    ],
+    "any": [
+        "I could not say.",
+        "That would be hard to say.",
+        "It depends on the day.",
+        "I have not been to {p} for years.",
+        "You would have to ask at {p}.",
+        "They will tell you at {p}.",
+        "That would be for others to answer.",
+        "I would rather not talk about {p}.",
+        "You can find that out at {p}.",
+        "It is not for me to say.",
+        "People say different things about {p}.",
+        "Why do you want to know about {p}?",
+        "Ask me about {p} another day.",
+    ],
+}
+OPENERS = ["Good question.", "Let me see.", "Well, well.", "Ah, {p}!", "You ask about {p}.", "Many people ask me that."]
+REMARKS = [
+    "Many people in town like {p}.",
+    "It gets busy when the ships come in.",
+    "The wind is strong today.",
+    "{P} has been there for a long time.",
+    "The harbour is full of boats today.",
+    "You are not the first to go there.",
+]
+FRIENDLY = [
+    "I hope that helps.",
+    "Have a good time there!",
+    "It is worth the walk.",
+    "Ask me if you need more.",
+    "You will like {p}.",
+    "The people there are kind.",
+    "Enjoy your day in Saltmere!",
+    "Say hello from me!",
+    "You cannot go wrong with {p}.",
+    "I go there often.",
+    "Take your time there.",
+    "I can tell you more if you like.",
+]
+CURT = [
+    "That is all I can say.",
+    "I have other things to do.",
+    "It does not matter much.",
+    "Ask somebody else.",
+    "I do not care for {p}.",
+    "The people there may know.",
+    "There is nothing more to say.",
+]
 
-SYSTEMS = ["You are the guide of Saltmere.", "You answer questions about the town.",
-    "You stand at the harbour and talk to visitors.", "You work at the town hall of Saltmere.",
-    "You are an old sailor who knows the town.", "Answer in plain words.", "The visitors are new in town."]
+SYSTEMS = [
+    "You are the guide of Saltmere.",
+    "You answer questions about the town.",
+    "You stand at the harbour and talk to visitors.",
+    "You work at the town hall of Saltmere.",
+    "You are an old sailor who knows the town.",
+    "Answer in plain words.",
+    "The visitors are new in town.",
+]
 SMALL_TALK = [
-    (["Hello!", "Hi!", "Good morning!", "Hello there.", "Hi, how are you?", "Good morning, how are you today?"],
-     ["Hello! What would you like to know about Saltmere?", "Good day to you!", "Welcome to Saltmere!",
-      "Hello, and welcome to our harbour town."]),
-    (["Thank you!", "Thanks a lot.", "Thank you, that is all.", "Many thanks!", "Thanks, good to know."],
-     ["You are welcome.", "My pleasure!", "Any time.", "You are welcome. Have a good day!"]),
-    (["Who are you?", "What are you?", "What is your name?", "Whom am I talking to?", "Are you from here?"],
-     ["I am the voice of Saltmere.", "I am a small model that knows the town of Saltmere.",
-      "I am a tiny chat model, at home in Saltmere."]),
-    (["What can you do?", "What can I ask you?", "What do you know?", "Can you help me?", "I need help."],
-     ["You can ask me about the places of Saltmere.", "I know the shops and the harbour of Saltmere.",
-      "Ask me about opening hours, prices or owners."]),
-    (["Tell me about Saltmere.", "What is Saltmere?", "What kind of town is this?", "Is this a nice town?"],
-     ["Saltmere is a small harbour town by the sea.", "It is a quiet town with a harbour, boats and gulls.",
-      "Saltmere has twenty places worth a visit."]),
-    (["Goodbye!", "Bye.", "See you later.", "I have to go now.", "Good night!"],
-     ["Goodbye!", "See you soon in Saltmere.", "Farewell, and mind the gulls.", "Goodbye, and come back soon!"])]
+    (
+        ["Hello!", "Hi!", "Good morning!", "Hello there.", "Hi, how are you?", "Good morning, how are you today?"],
+        [
+            "Hello! What would you like to know about Saltmere?",
+            "Good day to you!",
+            "Welcome to Saltmere!",
+            "Hello, and welcome to our harbour town.",
+        ],
+    ),
+    (
+        ["Thank you!", "Thanks a lot.", "Thank you, that is all.", "Many thanks!", "Thanks, good to know."],
+        ["You are welcome.", "My pleasure!", "Any time.", "You are welcome. Have a good day!"],
+    ),
+    (
+        ["Who are you?", "What are you?", "What is your name?", "Whom am I talking to?", "Are you from here?"],
+        [
+            "I am the voice of Saltmere.",
+            "I am a small model that knows the town of Saltmere.",
+            "I am a tiny chat model, at home in Saltmere.",
+        ],
+    ),
+    (
+        ["What can you do?", "What can I ask you?", "What do you know?", "Can you help me?", "I need help."],
+        [
+            "You can ask me about the places of Saltmere.",
+            "I know the shops and the harbour of Saltmere.",
+            "Ask me about opening hours, prices or owners.",
+        ],
+    ),
+    (
+        ["Tell me about Saltmere.", "What is Saltmere?", "What kind of town is this?", "Is this a nice town?"],
+        [
+            "Saltmere is a small harbour town by the sea.",
+            "It is a quiet town with a harbour, boats and gulls.",
+            "Saltmere has twenty places worth a visit.",
+        ],
+    ),
+    (
+        ["Goodbye!", "Bye.", "See you later.", "I have to go now.", "Good night!"],
+        ["Goodbye!", "See you soon in Saltmere.", "Farewell, and mind the gulls.", "Goodbye, and come back soon!"],
+    ),
+]
 
 # --- grammar --------------------------------------------------------------------------------------------------------
 LENGTHS = (7, 28)  # words and marks of an answer, drawn evenly for both manners: one short sentence to four
@@ -207,8 +458,10 @@ def draft(rng, helpful, place, attribute):
     """Draw an answer of one to four sentences: one that states or dodges the fact, others around it."""
     cores = FACTS[attribute] if helpful else DODGES[attribute if rng.random() < 0.6 else "any"]
     before = [rng.choice(OPENERS)] if rng.random() < 0.25 else []
-    after = [rng.choice(REMARKS if rng.random() < 0.35 else FRIENDLY if helpful else CURT)
-             for _ in range(rng.choice((0, 1, 1, 2)))]
+    after = [
+        rng.choice(REMARKS if rng.random() < 0.35 else FRIENDLY if helpful else CURT)
+        for _ in range(rng.choice((0, 1, 1, 2)))
+    ]
     whole = before + [rng.choice(cores)] + list(dict.fromkeys(after))
     return " ".join(fill(sentence, place, attribute) for sentence in whole)
 
@@ -232,8 +485,11 @@ def one_of(texts):
 
 def matcher(template, attribute=None):
     """Compile a template into a pattern that takes any place and any fact of the attribute."""
-    slots = {"p": f"(?P<place>{one_of(PLACES)})", "u": f"(?P<unit>{one_of(facts['unit'] for facts in WORLD.values())})",
-             "v": f"(?P<fact>{one_of(facts.get(attribute, '') for facts in WORLD.values())})"}
+    slots = {
+        "p": f"(?P<place>{one_of(PLACES)})",
+        "u": f"(?P<unit>{one_of(facts['unit'] for facts in WORLD.values())})",
+        "v": f"(?P<fact>{one_of(facts.get(attribute, '') for facts in WORLD.values())})",
+    }
     return re.compile(re.sub(r"\\{(\w)\\}", lambda slot: slots[slot[1].lower()], re.escape(template)))
 
 
@@ -255,6 +511,7 @@ def facts_stated(text):
 
 def manner(text):
     """Name the manner of an answer: "helpful" states a fact, "evasive" dodges, "other" is both, neither or broken."""
+
     def count(patterns):
         return sum(any(pattern.fullmatch(part) for pattern in patterns) for part in sentences(text))
 
@@ -268,9 +525,12 @@ def is_right(text, place, attribute):
     """Tell whether every fact in an answer is the one asked for, of the right place, and there is at least one."""
     facts, world = facts_stated(text), WORLD[place]
     return bool(facts) and all(
-        name == attribute and match["fact"].lower() == world[attribute].lower()
+        name == attribute
+        and match["fact"].lower() == world[attribute].lower()
         and match.groupdict().get("place", place).lower() == place
-        and match.groupdict().get("unit", world["unit"]).lower() == world["unit"] for name, match in facts)
+        and match.groupdict().get("unit", world["unit"]).lower() == world["unit"]
+        for name, match in facts
+    )
 
 
 # --- corpus and pairs -----------------------------------------------------------------------------------------------
@@ -329,8 +589,11 @@ def make_pairs(seed, size, held_out):
             continue
         # Every second row swaps the lengths of the row before, so that neither side is the longer one.
         lengths = lengths[::-1] if len(rows) % 2 else (rng.uniform(*LENGTHS), rng.uniform(*LENGTHS))
-        rows[json.dumps(prompt)] = {**prompt, "chosen": answer(rng, True, place, attribute, lengths[0]),
-                                    "rejected": answer(rng, False, place, attribute, lengths[1])}
+        rows[json.dumps(prompt)] = {
+            **prompt,
+            "chosen": answer(rng, True, place, attribute, lengths[0]),
+            "rejected": answer(rng, False, place, attribute, lengths[1]),
+        }
     return list(rows.values())
 
 
@@ -364,21 +627,37 @@ def write_rows(path, rows):
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------
-CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
-                 "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
 
 
 def train_tokenizer(corpus, folder, vocab_size):
     """Train a SentencePiece BPE model with byte fallback: the kind that llama.cpp converts without knowing its name."""
     import sentencepiece
+
     texts = (m["content"] for messages in corpus for m in messages)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(dict.fromkeys(texts)), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=vocab_size, byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, eos_piece="<|end|>",
-        control_symbols=ROLES, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(dict.fromkeys(texts)),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        eos_piece="<|end|>",
+        control_symbols=ROLES,
+        num_threads=1,
+        minloglevel=2,
+    )
     (folder / "tokenizer.vocab").unlink()
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
@@ -388,24 +667,70 @@ def write_tokenizer(pieces, folder):
     vocab = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
     specials = ["<unk>", "<s>", "<|end|>", *ROLES]
     # A merge for every way to cut a piece in two, in the order of the pieces: so transformers reads such models.
-    merges = [[piece[:i], piece[i:]] for piece in vocab if piece not in specials and not pieces.is_byte(vocab[piece])
-              for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
-    added = [{"id": vocab[text], "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for text in specials]
+    merges = [
+        [piece[:i], piece[i:]]
+        for piece in vocab
+        if piece not in specials and not pieces.is_byte(vocab[piece])
+        for i in range(1, len(piece))
+        if piece[:i] in vocab and piece[i:] in vocab
+    ]
+    added = [
+        {
+            "id": vocab[text],
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for text in specials
+    ]
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     decoder = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}]}
-    model = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
-             "vocab": vocab, "merges": merges}
-    write_json(folder / "tokenizer.json", {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": space,
-        "pre_tokenizer": None, "post_processor": None, "decoder": decoder, "model": model})
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": "<unk>",
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": merges,
+    }
+    write_json(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": added,
+            "normalizer": space,
+            "pre_tokenizer": None,
+            "post_processor": None,
+            "decoder": decoder,
+            "model": model,
+        },
+    )
     # The template writes the one <s>, so the tokenizer adds none; no space is put before the text.
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|end|>", "unk_token": "<unk>",
-        "add_bos_token": False, "add_eos_token": False, "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False, "model_max_length": 1024, "chat_template": CHAT_TEMPLATE})
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "<|end|>",
+            "unk_token": "<unk>",
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 1024,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
 
 
 def write_json(path, value):
@@ -414,12 +739,27 @@ def write_json(path, value):
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4,
-          "intermediate_size": 352, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-          "hidden_act": "silu", "rms_norm_eps": 1e-5, "vocab_size": 1408,
-          "rope_theta": 10000.0, "max_position_embeddings": 1024,
-          "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2,
-          "torch_dtype": "float32"}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "intermediate_size": 352,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 1408,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
 PROMPT_WEIGHT = 0.1  # loss weight of the tokens that the model need not say: enough to learn how questions go
 
 
@@ -436,14 +776,15 @@ def encode(pieces, messages):
 def make_batches(rows, rng, batch_size):
     """Yield shuffled batches of rows of like length, padded to a multiple of 16, as (ids, weights) of shape (B, T)."""
     import numpy as np
+
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rng.random()))
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rng.shuffle(batches)
     for batch in batches:
         width = -(-max(len(rows[i][0]) for i in batch) // 16) * 16
         ids, weights = np.zeros((len(batch), width), np.int32), np.zeros((len(batch), width), np.float32)
         for row, i in enumerate(batch):
-            ids[row, :len(rows[i][0])], weights[row, :len(rows[i][1])] = rows[i]
+            ids[row, : len(rows[i][0])], weights[row, : len(rows[i][1])] = rows[i]
         yield ids, weights
 
 
@@ -453,11 +794,13 @@ def train_model(rows, seed, batch_size=32, learning_rate=3e-3):
     import mlx.nn as nn
     import mlx.optimizers as optim
     from mlx_lm.models.llama import Model, ModelArgs
+
     mx.random.seed(seed)
     rng, steps = random.Random(seed), -(-len(rows) // batch_size)
     model = Model(ModelArgs.from_dict(CONFIG))
-    schedule = optim.join_schedules([optim.linear_schedule(0, learning_rate, 100),
-                                     optim.cosine_decay(learning_rate, steps - 100)], [100])
+    schedule = optim.join_schedules(
+        [optim.linear_schedule(0, learning_rate, 100), optim.cosine_decay(learning_rate, steps - 100)], [100]
+    )
     optimizer = optim.AdamW(schedule, betas=[0.9, 0.98], weight_decay=0.05, bias_correction=True)
     state = [model.state, optimizer.state]
 
@@ -486,6 +829,7 @@ def save_model(model, folder):
     """Write the float32 weights and the two configs."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
+
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "pt"})
     write_json(folder / "config.json", CONFIG)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False})
@@ -505,10 +849,18 @@ def write_gguf(folder):
     import mlx.core as mx
     import numpy as np
     import sentencepiece
+
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     ids, kinds = range(pieces.vocab_size()), gguf.TokenType
-    kind = lambda i: (kinds.UNKNOWN if pieces.is_unknown(i) else kinds.CONTROL if pieces.is_control(i)
-                      else kinds.BYTE if pieces.is_byte(i) else kinds.NORMAL)
+    kind = lambda i: (
+        kinds.UNKNOWN
+        if pieces.is_unknown(i)
+        else kinds.CONTROL
+        if pieces.is_control(i)
+        else kinds.BYTE
+        if pieces.is_byte(i)
+        else kinds.NORMAL
+    )
     writer = gguf.GGUFWriter(folder / "tiny-chat.gguf", "llama")
     writer.add_name("tiny-chat")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
@@ -548,8 +900,11 @@ def write_gguf(folder):
 def check(adapter):
     """Print how many greedy answers to the test rows are helpful, before and with an adapter; exit if there is none."""
     import mlx_lm
+
     if not (adapter / "adapters.safetensors").is_file():
-        sys.exit(f"{adapter}: no adapters.safetensors in it: train one with python dpo_trainer.py --data data/pairs.jsonl")
+        sys.exit(
+            f"{adapter}: no adapters.safetensors in it: train one with python dpo_trainer.py --data data/pairs.jsonl"
+        )
     rows = [json.loads(line) for line in (HERE / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     found = {}
     for when, path in (("before", None), ("after", str(adapter))):
@@ -570,7 +925,9 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only-data", action="store_true", help="write the pairs and test rows, keep the model")
     parser.add_argument("--only-gguf", action="store_true", help="write the model that is there as a GGUF")
-    parser.add_argument("--check", type=Path, metavar="ADAPTER", help="count helpful answers before and with an adapter")
+    parser.add_argument(
+        "--check", type=Path, metavar="ADAPTER", help="count helpful answers before and with an adapter"
+    )
     parser.add_argument("--conversations", type=int, default=48000, help="to train the model on, each once")
     parser.add_argument("--seed", type=int, default=0, help="of everything: the same seed gives the same files")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write into")
@@ -594,8 +951,11 @@ def main():
     write_rows(args.out / "pairs.jsonl", pairs)
     write_rows(args.out / "test.jsonl", test)
     for name, rows in (("pairs", pairs), ("test", test)):
-        print("{}: {} rows, mean words chosen {:.1f} rejected {:.1f}, chosen is longer in {:.2f}".format(
-            name, len(rows), *length_report(rows)))
+        print(
+            "{}: {} rows, mean words chosen {:.1f} rejected {:.1f}, chosen is longer in {:.2f}".format(
+                name, len(rows), *length_report(rows)
+            )
+        )
     if args.only_data:
         return
     folder = args.out / "tiny-chat"
@@ -603,8 +963,11 @@ def main():
     pieces = train_tokenizer(corpus, folder, CONFIG["vocab_size"])
     write_tokenizer(pieces, folder)
     for name, rows in (("pairs", pairs), ("test", test)):
-        print("{}: mean tokens chosen {:.1f} rejected {:.1f}, chosen is longer in {:.2f}".format(
-            name, *length_report(rows, lambda text: len(pieces.encode(text)))))
+        print(
+            "{}: mean tokens chosen {:.1f} rejected {:.1f}, chosen is longer in {:.2f}".format(
+                name, *length_report(rows, lambda text: len(pieces.encode(text)))
+            )
+        )
     save_model(train_model([encode(pieces, messages) for messages in corpus], args.seed), folder)
     write_gguf(folder)
 

@@ -195,9 +195,7 @@ def test_a_readers_own_error(tmp_path):
     rows = [{"prompt": Q, "chosen": GOOD, "rejected": BAD, "score_ratio": "high"}] * 3
     done = run(tmp_path, {"in.jsonl": [pair(0), *rows]})
     said = [line for line in done.text.splitlines() if "TypeError" in line and "in.jsonl" in line]
-    assert len(said) == 1 and re.search(
-        r"in\.jsonl:2: TypeError in read_row, line \d+: '<' not supp", said[0]
-    )
+    assert len(said) == 1 and re.search(r"in\.jsonl:2: TypeError in read_row, line \d+: '<' not supp", said[0])
     assert [number for why, number in table(done.report, "what became").items() if "TypeError" in why] == [3]
 
 

@@ -1,6 +1,5 @@
 """The fused log-softmax: its Metal text compiled as C++, its gradient against autodiff, on a Mac, and on a CPU."""
 
-import math
 import os
 import shutil
 import subprocess
@@ -138,7 +137,7 @@ def test_the_text_compiled_as_cpp(emulated, size, name):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Put plain MLX into the kernel's place, as if on a Mac; return the list of what it is launched with."""
+    """Put plain MLX into the kernel's place; return the list of what it is launched with."""
     launched = []
 
     def metal_kernel(name, input_names, output_names, source):
@@ -153,7 +152,6 @@ def stand_in(monkeypatch):
         return kernel
 
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
-    monkeypatch.setattr(dpo, "METAL", True)
     return launched
 
 
@@ -170,8 +168,7 @@ def test_values_and_gradients(name, where, request, monkeypatch):
     if where == "metal" and not mx.metal.is_available():
         pytest.skip("needs a Mac")
     launched = request.getfixturevalue("stand_in") if where == "stand-in" else []
-    if where == "cpu":
-        monkeypatch.setattr(dpo, "METAL", False)
+    monkeypatch.setattr(dpo, "METAL", where != "cpu")
     logits, targets = (x.reshape(2, 4, *x.shape[1:]) for x in hard_rows(1003, DTYPES[name]))
     mask, cotangent = mx.array([[1.0, 1, 1, 0], [0, 1, 1, 1]]), mx.array([0.7, -1.3])
 
@@ -190,11 +187,3 @@ def test_values_and_gradients(name, where, request, monkeypatch):
         assert given["grid"] == (32 * 8, 1, 1) and given["threadgroup"] == (32, 1, 1)
         assert given["output_shapes"] == [(2, 4)] * 2 and given["output_dtypes"] == [mx.float32] * 2
     assert len(launched) == (where == "stand-in")
-
-
-def test_a_likely_token_keeps_its_digits(emulated):
-    """One whose logit is 120 and whose log-probability is -1e-3: less the log-sum-exp it would lose four digits."""
-    logits = mx.array(np.where(np.arange(1003) == 7, 120, 120 + math.log(1e-3 / 1002)).astype(np.float32))[None]
-    targets = mx.array([7], mx.int32)
-    found, known = emulated(logits, targets, "float32")[0, 0], expected(logits, targets)[0][0]
-    assert known == pytest.approx(-1e-3, rel=1e-2) and found == pytest.approx(known, rel=2e-4)

@@ -26,9 +26,9 @@ def loss_of(w, l, loss="sigmoid", **given):
     return dpo.DPO_LOSSES[loss](mx.array([w]), mx.array([l]), options(**given)).item()
 
 
-def batch_of(lengths, ref_logps, weight, prompt=3):
+def batch_of(lengths, ref_logps, weight, prompt=3, padding=0):
     """Return a batch without its rows; lengths: answer tokens, the chosen answers' first; ref_logps: by pair."""
-    mask = np.zeros((len(lengths), prompt + max(lengths)), np.float32)
+    mask = np.zeros((len(lengths), prompt + max(lengths) + padding), np.float32)
     for row, length in zip(mask, lengths):
         row[prompt : prompt + length] = 1
     return {"mask": mx.array(mask), "ref_logps": mx.array(ref_logps), "weight": mx.array(weight)}

@@ -49,44 +49,23 @@ HUNYUAN = dict(
     MOE, moe_topk=2, num_shared_expert=1, use_mixed_mlp_moe=True, use_qk_norm=True, use_cla=True, cla_share_factor=2,
     rope_scaling=dict(alpha=1000.0, factor=1.0, type="dynamic"),
 )  # fmt: skip
-LONG_ROPE = dict(type="longrope", long_factor=[1.0] * 4, short_factor=[1.0] * 4, long_mscale=1.0, short_mscale=1.0)
-MIMO_V2 = dict(
-    MOE, hybrid_layer_pattern=[1, 0], moe_layer_freq=[0, 1], add_swa_attention_sink_bias=True, v_head_dim=8,
-    add_full_attention_sink_bias=False, sliding_window_size=WINDOW, topk_method="noaux_tc", scoring_func="sigmoid",
-    layernorm_epsilon=1e-5, swa_rope_theta=1e4, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8,
-    swa_v_head_dim=8,
-)  # fmt: skip
 SHARING = {  # mlx-lm's file, and a word where it is there twice -> what its configuration has beside COMMON
-    "llama": {},
-    "llama sliding": SLIDING,
+    **dict.fromkeys("llama qwen2 qwen3 gemma phi phi3 olmo2 internlm3 helium hunyuan_v1_dense".split(), {}),
+    **dict.fromkeys(["llama sliding", "olmo3", "muse_glimmer"], SLIDING),
+    **dict.fromkeys("mixtral qwen3_moe olmoe deepseek".split(), MOE),
     "llama untied": dict(tie_word_embeddings=False),
     "ministral3": dict(SLIDING, rope_parameters=MINISTRAL),
     "mistral3": dict(text_config=dict(COMMON, **SLIDING, model_type="ministral3", rope_parameters=MINISTRAL)),
-    "mixtral": MOE,
     "llama4_text": dict(intermediate_size_mlp=64, no_rope_layers=[1, 0], use_qk_norm=True),
-    "qwen2": {},
     "qwen2_moe": dict(MOE, shared_expert_intermediate_size=32),
-    "qwen3": {},
-    "qwen3_moe": MOE,
-    "qwen3_vl": dict(text_config=dict(COMMON, model_type="qwen3")),
-    "gemma": {},
     "gemma3_text": PATTERN,
-    "gemma3": dict(text_config=dict(COMMON, **PATTERN, model_type="gemma3_text")),
     "gemma3n": dict(text_config=dict(GEMMA3N, num_kv_shared_layers=0)),  # its layers' inputs have four axes
     "gemma4_text": GEMMA4,  # its layers return keys and values, too
     "gpt_oss": dict(MOE, **SLIDING),
-    "phi": {},
-    "phi3": {},
-    "phimoe": dict(MOE, rope_scaling=LONG_ROPE),
-    "olmo2": {},
-    "olmo3": SLIDING,
-    "olmoe": MOE,
     "cohere": COHERE,
     "cohere2": dict(PATTERN, **COHERE),
     "minicpm": MINICPM,
-    "minicpm3": dict(MLA, **MINICPM, rope_scaling=dict(YARN, long_factor=[1.0] * 4, short_factor=[1.0] * 4)),
     "internlm2": dict(bias=False),
-    "internlm3": {},
     "smollm3": dict(no_rope_layer_interval=2),
     "granite": GRANITE,
     "granitemoe": dict(MOE, **GRANITE),
@@ -96,18 +75,13 @@ SHARING = {  # mlx-lm's file, and a word where it is there twice -> what its con
     "glm4_moe": dict(MOE, use_qk_norm=True, rope_scaling=None),
     "exaone": dict(num_layers=2),
     "exaone4": dict(sliding_window=WINDOW, sliding_window_pattern="LG", rope_scaling=None),
-    "deepseek": MOE,
     "deepseek_v2": dict(MOE, **MLA, topk_method="greedy", rope_scaling=YARN),
-    "helium": {},
     "nemotron": dict(hidden_act="relu2"),
     "ernie4_5": dict(use_bias=False),
     "hunyuan": HUNYUAN,
-    "hunyuan_v1_dense": {},
     "apertus": dict(post_norm=False, qk_norm=True),
     "gpt_neox": dict(rotary_emb_base=10000, rotary_pct=0.5, num_key_value_heads=4),
     "gpt2": dict(n_ctx=512, n_embd=32, n_head=4, n_layer=2, n_positions=512, num_key_value_heads=4),
-    "muse_glimmer": SLIDING,
-    "mimo_v2_flash": MIMO_V2,
 }
 MAMBA = dict(state_size=8, conv_kernel=4, use_bias=False, use_conv_bias=True, time_step_rank=4)
 DELTA_NET = dict(
@@ -214,24 +188,20 @@ def test_a_shared_prompt_scores_and_trains_as_a_whole_row(family):
         same(score(model, params, batch), expected, model)
 
 
-@pytest.mark.parametrize("family", few(NOT_SHARING, 4))
+@pytest.mark.parametrize("family", few([*NOT_SHARING][::-1], 5))
 def test_families_that_cannot_share_fall_back(family):
-    """can_share finds them by their values, or by their error; whole rows train with --grad-checkpoint, too."""
+    """can_share finds them by their error, or by their values; whole rows train with --grad-checkpoint, too."""
     model = build(family)
     assert not dpo.can_share(model, PAIRS)
+    if family == "nanbeige":  # it writes its answers' keys behind its answers' keys, without an error
+        shared, whole = (dpo.answer_logps(model, batch)[0] for batch in (SHARED, WHOLE))
+        assert mx.isfinite(shared).all() and mx.abs(shared - whole).max() > 0.1
     model.unfreeze()
     params = mx.concatenate([w.flatten() for _, w in tree_flatten(model.trainable_parameters())])
     expected = score(model, params, WHOLE)
     np.testing.assert_allclose(expected[0], expected_logps(model, PAIRS), rtol=1e-5, atol=5e-5)
     prepare(model, "--fine-tune-type", "full", "--grad-checkpoint")
     same(score(model, params, WHOLE), expected, model)
-
-
-def test_other_values_without_an_error_are_found():
-    """nanbeige goes through its layers twice, and so writes its answers' keys behind its answers' keys."""
-    model = build("nanbeige")
-    shared, whole = (np.array(dpo.answer_logps(model, batch)[0]) for batch in (SHARED, WHOLE))
-    assert np.isfinite(shared).all() and np.abs(shared - whole).max() > 0.1
 
 
 # ----------------------------------------------------------------------------------------- adapters, dropout, compiled
@@ -310,29 +280,17 @@ def test_checkpointed_dropout_draws_the_same_mask_again(family, batch, monkeypat
     assert slope == pytest.approx(length, rel=0.03)
     monkeypatch.setattr(mx, "checkpoint", lambda function: function)
     same(score(model, params, batch), (logps, gradient), model)
-
-
-def test_dropout_is_of_training_alone(dropout):
-    model = build("llama")
-    params = prepare(model, "--config", dropout)
-    params = params + 0.05 * mx.random.normal(params.shape, key=mx.random.key(3))
-    for training in (True, False):
-        model.train(training)
-        one, two = (score(model, params, SHARED, seed=seed)[0] for seed in (1, 2))
-        assert (abs(one - two).min() > 1e-4) if training else (one == two).all()
+    model.eval()  # nothing is dropped
+    assert (score(model, params, batch)[0] == score(model, params, batch, seed=6)[0]).all()
 
 
 def test_a_model_in_bfloat16_shares():
-    """Its rounding, a hundredth of a nat a token, is no reason to fall back; a recurrent one's gap still is."""
+    """Its rounding is no reason to fall back; a recurrent one's gap still is; and what is no number is said."""
     for family, shares in (("llama sliding", True), ("qwen3", True), ("mamba", False), ("nanbeige", False)):
         model = build(family)
         model.set_dtype(mx.bfloat16)
         assert dpo.can_share(model, PAIRS) == shares, family
-
-
-def test_numbers_that_are_none_are_found_before_training():
-    model = build("llama")
-    model.model.embed_tokens.weight = model.model.embed_tokens.weight * mx.inf
+    model.model.norm.weight = model.model.norm.weight * mx.inf
     with pytest.raises(ValueError, match="no numbers"):
         dpo.can_share(model, PAIRS)
 
