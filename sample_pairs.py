@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["mlx[cpu]>=0.32.4", "mlx-lm>=0.32.2", "tqdm"]
+# dependencies = ["mlx[cpu]>=0.32.4", "mlx-lm>=0.32.2", "numpy", "tqdm"]
 # ///
 r"""
 Make preference pairs of a model's own answers: rejected ones to good answers, or ranked ones for on-policy DPO.
@@ -107,7 +107,7 @@ def to_messages(value, role):
     return found
 
 
-def read_row(row):
+def read_prompt(row):
     """Return a row's {"prompt": messages, "shown": as a text, "chosen": text or none, "weight"}; raise ValueError."""
     need(not row.get("tools"), "rows with tools are not trained on")
     prompt = to_messages(row.get("prompt") or row.get("messages") or [], "user")
@@ -129,7 +129,7 @@ def load_rows(args):
         lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         with blame(f"{path}:{number}", "mend or delete the row: one JSON object a line"):
-            row = read_row(json.loads(line))
+            row = read_prompt(json.loads(line))
         if args.judge or row["chosen"]:
             found[json.dumps([row["prompt"], None if args.judge else row["chosen"]])] = row
     print(f"rows: {len(found)} of {len(lines)}, each once" + ", that have a good answer" * (not args.judge))

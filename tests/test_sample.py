@@ -164,10 +164,10 @@ BARE += [{"prompt": [USER]}, {"messages": [{"role": "user", "content": [{"type":
 
 @pytest.mark.parametrize("row", FORMS + BARE)
 def test_forms_of_rows(row):
-    found = sample_pairs.read_row({**row, "weight": None})
+    found = sample_pairs.read_prompt({**row, "weight": None})
     assert (found["prompt"], found["weight"], found["shown"]) == ([USER], 1.0, "Q")
     assert (found["chosen"] or "") == ("g" if row in FORMS else "")
-    found = sample_pairs.read_row({"system": "S", "messages": [USER, GOOD, USER], "weight": 0.5})
+    found = sample_pairs.read_prompt({"system": "S", "messages": [USER, GOOD, USER], "weight": 0.5})
     assert (found["shown"], found["weight"]) == ("system: S\n\nuser: Q\n\nassistant: g\n\nuser: Q", 0.5)
 
 
@@ -360,7 +360,7 @@ def test_two_rounds_from_prompts_alone(tmp_path, serve, monkeypatch):
 
     states = lambda body: tuple(manner(text) == "helpful" for text in shown(body))
     url = serve(lambda body: said({(True, False): "A", (False, True): "B"}.get(states(body), "TIE"))).url
-    rows = [sample_pairs.read_row(json.loads(line)) for line in open(ROOT / "data/pairs.jsonl")][:200]
+    rows = [sample_pairs.read_prompt(json.loads(line)) for line in open(ROOT / "data/pairs.jsonl")][:200]
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
     ask = ("sample_pairs.py", "--data", "prompts.jsonl", "--samples", 4, "--judge", url)
     more = ("--resume-adapter-file", "round1-adapter/adapters.safetensors")
@@ -373,7 +373,7 @@ def test_two_rounds_from_prompts_alone(tmp_path, serve, monkeypatch):
         done = run_script(*words, script=script, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     model, tokenizer = mlx_lm.load(str(ROOT / "data/tiny-chat"), adapter_path=str(tmp_path / "round2-adapter"))
-    rows = [sample_pairs.read_row(json.loads(line)) for line in open(ROOT / "data/test.jsonl")]
+    rows = [sample_pairs.read_prompt(json.loads(line)) for line in open(ROOT / "data/test.jsonl")]
     ids = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in rows]
     helpful = sum(manner(text) == "helpful" for text in mlx_lm.batch_generate(model, tokenizer, ids).texts)
     kl = [float(value) for value in re.findall(r"at a kl of ([\d.]+)", done.stdout)]
