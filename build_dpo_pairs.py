@@ -78,7 +78,7 @@ MARK = re.compile(r"(?m)\[(Image|Pasted text) #\d|<image\b|;base64,|^(\[The user
 SPOKEN = re.compile(r"(?s)\[The user sent a voice message~ Here's what they said: \"(.*?)\"\]")
 # what front ends show folded or not at all: thoughts, reminders, citations, places of blocks
 HIDDEN = re.compile(r"""(?sx)<details\ type=.*?</details>|<(think|system-reminder)>.*?</\1>|\ue200.*?\ue201
-    |【[^【】]*†[^【】]*】|This\ block\ is\ not\ supported\ on\ your\ current\ device\ yet\.|[\ue000-\uf8ff\u200b\u2060\ufeff]+""")
+    |【[^【】]*†[^【】]*】|This\ block\ is\ not\ supported\ on\ your\ current\ device\ yet\.|[\ue000-\uf8ff\u200b\u2060]+""")
 # what an agent's program puts before a person's words, unless it is HTML, or says in their place
 BLOCK = re.compile(r"(?is)\s*<([a-z][\w-]*)[^<>]*>.*?</\1[^<>]*>\s*")
 HTML = "a b body button code div em form h1 h2 head html i img input li ol p pre script span style table ul".split()
@@ -102,9 +102,8 @@ ELSEWHERE = "an answer, or one after it, whose picture, file or document is not 
 STEERED = "an answer, or one after it, that was steered while it was written"
 NOBODY = "a prompt after words that no person asked for"
 MACHINE = "a session that no person led"
-# kinds of records: of Codex; of Timmy; what an attachment of Claude Code does to the prompt before it
+# kinds of records: of Codex; what an attachment of Claude Code does to the prompt before it
 CODEX = ("session_meta", "response_item", "event_msg", "turn_context", "compacted", "world_state")
-TIMMY = ("message", "tool_call", "decision", "error")
 ATTACHED = dict.fromkeys("file already_read_file pdf_reference directory image".split(), BESIDE)
 ATTACHED["queued_command"] = STEERED
 NO_TALK = {"chosen", "rejected", "label", "conv", "exportAt"}  # rows of preferences, of programs that are not read
@@ -336,12 +335,11 @@ def read_open_webui(chat, r):
 
 @reads("openai", lambda r: any("role" in m for m in items(r.get("messages"))) and NO_TALK.isdisjoint(r))
 @reads("sharegpt", lambda r: any("from" in m for m in items(r.get("conversations"))) and NO_TALK.isdisjoint(r))
-@reads("timmy", lambda r: r.get("type") in TIMMY and "timestamp" in r, log=True, agent=True)
+@reads("timmy", lambda r: "timestamp" in r and r.get("type") in ("message", "tool_call"), log=True, agent=True)
 @reads("hermes", lambda r: {"role", "content"} <= r.keys() and len(r) < 7 and "id" not in r, log=True, agent=True)
 @reads("hermes", has("conversations", "completed"), agent=True)
 @reads("claude", lambda r: isinstance(r.get("chat_messages"), list))
 def read_talk(chat, r):
-    """Read messages in a line, or, where they name their parents, in a tree."""
     chat.key, chat.leaf, bar = r.get("uuid"), r.get("current_leaf_message_uuid"), BESIDE if lies_beside(r) else ""
     for m in items(first_of(r, "chat_messages", "conversations", "messages")) or [r]:
         chat.add(m, m.get("uuid"), m.get("parent_message_uuid") or False, bar=bar)
@@ -354,7 +352,7 @@ ROWS = [
     ("shp", "human_ref_A human_ref_B", "history", ("labels", 0.5)),
     ("nectar", "answers", "prompt", ()),
     ("ultrafeedback", "chosen rejected", "prompt", ("score_chosen", "score_rejected")),
-    ("trl", "chosen rejected", "prompt question instruction messages conversations input", (1, 0)),
+    ("trl", "chosen rejected", "prompt question messages conversations", (1, 0)),
 ]
 
 
@@ -413,14 +411,6 @@ def open_members(name, stream, depth=0):
         yield from open_members(name, gzip.open(stream), depth + 1)
     else:
         yield name, stream
-
-
-def read_file(path):
-    """Yield (name, number, record) of a file and of those in it; raise what the one that is damaged raises."""
-    with open(path, "rb") as file:
-        for name, stream in open_members(str(path), file):
-            for number, record in enumerate(read_values(path, stream), 1):
-                yield name, number, record
 
 
 def read_values(path, stream):
@@ -504,18 +494,18 @@ class Turns:
 
     def __init__(self, chat, reasons):
         self.chat, self.nodes, self.reasons = chat, chat.nodes, reasons
-        self.at, self.active, children = {}, set(), defaultdict(list)
+        self.at, self.active, self.children = {}, set(), defaultdict(list)
         self.answers, self.after = defaultdict(dict), defaultdict(list)
         for key, node in self.nodes.items():
-            children[node["parent"] if node["parent"] in self.nodes else None].append(key)
-        todo = children[None][::-1]
+            self.children[node["parent"] if node["parent"] in self.nodes else None].append(key)
+        todo = self.children[None][::-1]
         while todo:
             key = todo.pop()
             at = self.at[key] = self.step(self.nodes[key])
             ends = ("user", "harness", "note") if at.whole else ("user", "harness")
-            if all(self.nodes[child]["role"] in ends for child in children[key]):
+            if all(self.nodes[child]["role"] in ends for child in self.children[key]):
                 self.end(at, key)
-            todo += reversed(children[key])
+            todo += reversed(self.children[key])
         leaf = str(chat.leaf) if str(chat.leaf) in self.nodes else [*self.nodes][-1]
         while leaf in self.nodes and leaf not in self.active:
             self.active.add(leaf)
@@ -526,7 +516,9 @@ class Turns:
         at = self.at.get(node["parent"]) or Place()
         role, bar, cut = node["role"], at.bar or node["bar"], node["state"] == "cut"
         if role == "user":
-            if at.user is not None and not at.whole and self.nodes[at.user]["text"] != node["text"]:
+            before = self.nodes.get(at.user, node)["text"]
+            branch = at.user == node["parent"] and any(self.nodes[c]["role"] != "user" for c in self.children[at.user])
+            if not (at.whole or branch or before == node["text"]):  # branch: the answer is on another one
                 bar = bar or "a prompt after one that got no whole answer"
             self.after[at.last].append(node["text"])
             return Place(bar, node["key"], at.last if at.whole else at.history, cut=cut)
@@ -652,31 +644,28 @@ def redact(row, marks, counts):
             message["content"] = pattern.sub(partial(mark, kind), message["content"])
 
 
-def plain(text):
-    return " ".join(text.casefold().replace("’", "'").split())
-
-
 def select_pairs(rows, reasons):
     """Return the rows that pass, the strongest signals first; count in reasons why the others do not."""
     kept, seen = [], set()
     for row in sorted(rows, key=lambda row: -row["weight"]):
-        prompt = tuple(plain(m["content"]) for m in row["prompt"])
-        good, bad = (plain(row[side][0]["content"]) for side in ("chosen", "rejected"))
-        (short, long), said = sorted((len(good), len(bad))), row["signal"] in ("comparison", "rating")
+        said = [m["content"].casefold().replace("’", "'") for m in row["prompt"] + row["chosen"] + row["rejected"]]
+        *prompt, good, bad = (" ".join(text.split()) for text in said)
+        texts, other = (*prompt, good, bad), (*prompt, bad, good)
+        (short, long), voted = sorted((len(good), len(bad))), row["signal"] in ("comparison", "rating")
         checks = {
             "an empty prompt or answer": not (prompt[-1] and good and bad),
             "equal answers": good == bad,
-            "one answer ten times as long": long > max(200, 10 * short) and not said,
+            "one answer ten times as long": long > max(200, 10 * short) and not voted,
             "a refusal as the better answer": REFUSAL.match(good) and not REFUSAL.match(bad),
-            "a duplicate": (prompt, good, bad) in seen,
-            "a contradiction": (prompt, bad, good) in seen,
+            "a duplicate": texts in seen,
+            "a contradiction": other in seen,
         }
         why = [reason for reason, found in checks.items() if found]
         if why:
             reasons[row["conversation_id"], why[0]] += 1
         else:
             kept.append(row)
-            seen.add((prompt, good, bad))
+            seen.add(texts)
     return kept
 
 
@@ -690,8 +679,9 @@ def main():
     paths = sorted({path for path in found if path.is_file() and not own.match(str(path.resolve()))})
     for path in paths:
         try:
-            for name, number, record in read_file(path):
-                chats.give(record, name, number)
+            for name, stream in open_members(str(path), open(path, "rb")):
+                for number, record in enumerate(read_values(path, stream), 1):
+                    chats.give(record, name, number)
         except Exception as error:  # one damaged file, of whatever kind, must not stop the others
             chats.fates["a file, or the rest of one, that could not be read"] += 1
             print(f"{path}: not read: {error}")
