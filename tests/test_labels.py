@@ -150,7 +150,7 @@ def files_of(talks, write):
 @pytest.mark.parametrize("write", [chatgpt, claude, webui, code, codex, hermes, studio])
 def test_labels(write, tmp_path):
     talks = [Talk(write, seed) for seed in range(TALKS)]
-    done = run(tmp_path, files_of(talks, write))
+    done = run(tmp_path, files_of(talks, write), "--max-per-chat", 1000)
     known = {about["text"]: (talk, key) for talk in talks for key, about in talk.facts.items()}
     found, signals = set(), Counter()
     for row in done.rows:
