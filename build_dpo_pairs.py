@@ -831,7 +831,7 @@ def topics(text):
 def corrections(turns):
     """Yield (thread, history, prompt, chosen, rejected, signal, share): an answer and the one that mended it."""
     following = defaultdict(list)  # answer: the prompts that came after it
-    for key, node in turns.nodes.items():
+    for _, node in turns.nodes.items():
         if node["role"] == "user" and node["parent"] in turns.at:
             following[turns.at[node["parent"]].last].append(node["text"])
     for (thread, _, _), answers in turns.answers.items():

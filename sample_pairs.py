@@ -36,9 +36,9 @@ from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 # The marks of many families' thoughts; one in backquotes is only spoken of. What follows a closing one is said.
-MARK = r"(?<!`)<\|?(?:(?:open|close)\|>)?[/\w:]*(?i:think|thought|reasoning|reflection|scratchpad)[\w:]*(?:<\|sep)?\|?>"
-MARK += r"|<\|?channel\|?>\s*(?:analysis|commentary|thought|final.*?<\|message\|>)?|\Aanalysis(?=[A-Z])"
-MARK += r"|assistantfinal|\[/?THINK\]|◁/?think▷|<\|inner_(?:prefix|suffix)\|>"
+TAGS = r"(?<!`)<\|?(?:(?:open|close)\|>)?[/\w:]*(?i:think|thought|reasoning|reflection|scratchpad)[\w:]*(?:<\|sep)?\|?>"
+TAGS += r"|<\|?channel\|?>\s*(?:analysis|commentary|thought|final.*?<\|message\|>)?|\Aanalysis(?=[A-Z])"
+TAGS += r"|assistantfinal|\[/?THINK\]|◁/?think▷|<\|inner_(?:prefix|suffix)\|>"
 PLAIN = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"  # for base models
 QUESTION = "Two assistants answered the same request. Which answer is better? Say A, B or TIE, and nothing else.\n\n"
 QUESTION += "Request:\n{prompt}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}"
@@ -157,7 +157,7 @@ def remember(path):
 
 def cut_thoughts(text):
     """Return what a text says after its last thought, "" where that has no end."""
-    last = [*re.finditer(MARK, text)][-1:]
+    last = [*re.finditer(TAGS, text)][-1:]
     closed = last and re.search("(?i)/|end|close|suffix|final|<channel", last[0][0])
     said = text[last[0].end() :] if closed else "" if last else text
     return re.sub(r"\A(\s*<\|\w+\|>)+|(<\|\w+\|>\s*)+\Z", "", said).strip()  # as <|START_RESPONSE|>, <|return|>
@@ -184,7 +184,7 @@ def answer(args, name, adapter, requests, tokens, temp, known, keep):
             rows = [bos + row if bos == [tokenizer.bos_token_id] != row[:1] else row for row in rows]
             found = mlx_lm.batch_generate(model, tokenizer, rows, sampler=make_sampler(temp), **size)
             for key, before, text, ids in zip(batch, asked, found.texts, found.token_ids):
-                begun = "".join(re.findall(rf"(?:{MARK})\s*\Z", before))  # a thought that the template begins
+                begun = "".join(re.findall(rf"(?:{TAGS})\s*\Z", before))  # a thought that the template begins
                 keep(key, cut_thoughts(begun + text) if len(ids) < tokens else None)
     return [known[key] for key in keys]
 

@@ -30,8 +30,10 @@ from test_sources import (
     retry,
     run,
     save,
+    studio,
+    texts,
+    webui,
 )
-from test_sources import studio, texts, webui
 
 import build_dpo_pairs as build
 
