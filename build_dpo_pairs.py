@@ -60,8 +60,9 @@ def parse_args(words):
     add("--no-redact", action="store_true", help="keep keys, e-mails, phone numbers, home folders in the texts")
     args = parser.parse_args(words)
     for source in args.sources:
-        if not source.exists() or args.out.resolve() in (source.resolve(), *source.resolve().parents):
-            parser.error(f"{source} is not there, or lies in --out {args.out}, which would move aside with it")
+        inside = args.out.resolve() in (source.resolve(), *source.resolve().parents)  # it would move aside with --out
+        if inside or args.out.is_file() or not source.exists():
+            parser.error(f"{source} is not there, or --out {args.out} is a file or holds it")
     return args
 
 
@@ -90,11 +91,11 @@ VOTES = {"1": 1, "thumbsup": 1, "-1": -1, "thumbsdown": -1}
 ROLES = {"human": "user", "gpt": "assistant", "timmy": "assistant", "function_call": "assistant"}
 # what a person says of a wrong answer; what only looks like it; what a model says of its fault, or instead of an answer
 WRONG = re.compile(r"""(?ix)\W*(no|nope|wrong|incorrect|not\ quite|not\ what\ i|(that|this|it)('?s|\ is)\ (not|wrong)
-    |(it\ |that\ )?still\ wrong|try\ again|(i|we)\ (said|asked)|you\ (forgot|missed|ignored|misread|got))\b""")
-HARMLESS = re.compile(r"""(?ix)\b(no\W+(problem|worries|need|rush|thanks?|idea|doubt|more|longer|further)|typo|mistyped
-    |instead|my\ bad|wrong\ chat|not\ (bad|saying)|all\ good|well\ done|nothing\ wrong)\b|```|^>""")
-SORRY = re.compile(r"(?i)((you.?re (absolutely )?right|(i.?m )?sorry|my apologies|my mistake)[^.!\n]*[.!]\s*)*")
-DENIALS = ("wrong", "incorrect", "false", "right", "still", "what")
+    |still\ wrong|try\ again|(i|we)\ (said|asked)(?!\ my)|you\ (forgot|mis\w+|did(n't|\ not)\ (answer|say)))\b""")
+HARMLESS = re.compile(r"""(?ix)\b(no\W+(problem|worries|need|rush|thanks?|idea|doubt|more|further|wait)|typo
+    |nothing|i\ (mis|meant)\w*|instead|my\ (bad|mistake)|wrong\ chat|not\ (bad|a|saying)|all\ (good|about))\b|```|^>""")
+SORRY = r"(?i)((you.?re (absolutely )?right|(i.?m )?sorry|(my |i )?apologi\w+|my mistake|good catch)[^.!\n]*[.!]\s*)*"
+DENIALS = ("wrong", "incorrect", "false", "right", "still", "what", "answer")
 REFUSAL = re.compile(r"(?i)\W*(i.?m (very |so )?sorry|i apologi[sz]e|i can.?t|i cannot|i.?m (not|un)\b|as an ai)\b")
 # why no pair may rest on a message
 BESIDE = "a prompt with, or after, a picture, file, document or voice that is not in its text"
@@ -252,7 +253,7 @@ def read_chatgpt(chat, r):
         chat.add(said | {"error": kind == "system_error"}, key, node.get("parent"), state, ELSEWHERE if made else "")
         if meta.get("paragen_variants_info") or meta.get("paragen_variant_choice"):  # answers to choose from
             taken, offered = meta.get("paragen_variant_choice"), items(node.get("children"), str)[:2]
-            chat.votes.choices |= {answer: (1 if answer == taken else -1) if taken else 0 for answer in offered}
+            chat.votes.choices |= dict.fromkeys(offered, -1 if taken else 0) | ({taken: 1} if taken else {})
 
 
 @reads("chatgpt", lambda r: part(r, "output", "feedback_step_2"))
@@ -336,7 +337,7 @@ def read_open_webui(chat, r):
 @reads("openai", lambda r: any("role" in m for m in items(r.get("messages"))) and NO_TALK.isdisjoint(r))
 @reads("sharegpt", lambda r: any("from" in m for m in items(r.get("conversations"))) and NO_TALK.isdisjoint(r))
 @reads("timmy", lambda r: "timestamp" in r and r.get("type") in ("message", "tool_call"), log=True, agent=True)
-@reads("hermes", lambda r: {"role", "content"} <= r.keys() and len(r) < 7 and "id" not in r, log=True, agent=True)
+@reads("hermes", lambda r: {"role", "content"} <= r.keys() and not r.keys() & {"id", "type"}, log=True, agent=True)
 @reads("hermes", has("conversations", "completed"), agent=True)
 @reads("claude", lambda r: isinstance(r.get("chat_messages"), list))
 def read_talk(chat, r):
@@ -540,10 +541,10 @@ class Turns:
         if at.user in (None, key) or at.idle or why:
             self.reasons[self.chat.key, why] += at.user not in (None, key) and not at.idle
             return
-        answer = self.nodes[at.last] | {"user": at.user, "choice": None}
+        answer, votes = self.nodes[at.last] | {"user": at.user, "choice": None}, self.chat.votes
         while key != at.user:
-            answer["rating"] = answer["rating"] or self.chat.votes.rated.get(key, 0)
-            answer["choice"] = self.chat.votes.choices.get(key, answer["choice"])
+            answer["rating"] = answer["rating"] or votes.rated.get(key, 0)
+            answer["choice"] = votes.choices.get(key) if answer["choice"] is None else answer["choice"]
             key = self.nodes[key]["parent"]
         self.answers[at.history, " ".join(self.nodes[at.user]["text"].split())][at.last] = answer
 
@@ -578,7 +579,7 @@ def corrections(turns):
         first, later = turns.nodes[at.user]["text"], turns.after[good["key"]]
         said = [text.replace("’", "'") for text in (asked, first, *later)]
         wrong, *more = [WRONG.match(text) and not HARMLESS.search(text) for text in said]
-        text, known = SORRY.sub("", good["text"], count=1), {*re.findall(r"\w{5,}", first.lower()), *DENIALS}
+        text, known = re.sub(SORRY, "", good["text"], count=1), {*re.findall(r"\w{5,}", first.lower()), *DENIALS}
         refused = REFUSAL.match(text) or text.endswith("?") or not text or any(more)
         if wrong and known.intersection(re.findall(r"\w+", asked.lower())) and not refused:
             share = 1 if re.match(r"(?i)\W*(thank|perfect|great|exactly|yes|good|works)", " ".join(later)) else 0.5
@@ -626,8 +627,8 @@ HOME (?:(?<![\w.])/(?:home|Users)/|[A-Za-z]:[\\/]{1,2}Users[\\/]{1,2})([^/\\\s\"
 IP \b(?:\d{1,3}\.){3}\d{1,3}\b|\b(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}\b
 PHONE \+\d[\d ().-]{7,24}\d"""
 NAMED = r"(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|credential|auth(?!ors?\b|enti)|[?&]code|[?&]sig|-signature)"
-PATTERNS = PATTERNS.replace("NAMED", NAMED).replace("FAKE", r"\[|xxx|<|\$\{|\w+\.\w+[.(\[]|example|changeme")
-PRIVATE = [(line.split(" ", 1)[0], re.compile(line.split(" ", 1)[1])) for line in PATTERNS.splitlines()]
+FAKE = r"\[|xxx|<|\$\{|\w+\.\w+[.(\[]|example|changeme"
+PRIVATE = [line.replace("NAMED", NAMED).replace("FAKE", FAKE).split(" ", 1) for line in PATTERNS.splitlines()]
 
 
 def redact(row, marks, counts):
@@ -641,7 +642,7 @@ def redact(row, marks, counts):
 
     for message in messages:
         for kind, pattern in PRIVATE:
-            message["content"] = pattern.sub(partial(mark, kind), message["content"])
+            message["content"] = re.sub(pattern, partial(mark, kind), message["content"])
 
 
 def select_pairs(rows, reasons):
@@ -708,25 +709,26 @@ def main():
     held = int(HELD_OUT * len(order))
     place = dict.fromkeys(order, "train") | dict.fromkeys(order[:held], "test")
     place |= dict.fromkeys(order[held : 2 * held], "valid")
-    parts = {"train": [], "valid": [], "test": []}
-    for row in rows:
-        parts[place[start[row["conversation_id"]]]].append(row)
-    splits = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
+    parts = {
+        name: [r for r in rows if place[start[r["conversation_id"]]] == name] for name in ("train", "valid", "test")
+    }
     tables = {"Pairs": Counter(f"{row['source']}, {row['signal']}" for row in rows), "Redacted": counts}
     tables |= {f"What became of {total} records": chats.fates, "Prompts and pairs that were left out": left_out}
-    report = f"# {len(rows)} pairs: {splits}\n"
+    report = f"# {len(rows)} pairs: {', '.join(f'{name} {len(part)}' for name, part in parts.items())}\n"
     for title, counter in tables.items():
         lines = [f"- {number} {what}\n" for what, number in counter.most_common() if number]
         report += f"\n## {title}\n\n{''.join(lines)}"
     if not args.dry_run:
-        if args.out.exists():
-            older = next(path for n in range(1, 10**6) if not (path := Path(f"{args.out}-{n}")).exists())
-            print(f"The earlier {args.out} is now {args.out.rename(older)}")
-        args.out.mkdir(parents=True)
+        folder = args.out.with_name(f"unfinished-{args.out.name}")  # under another name until all is there
+        folder.mkdir(parents=True, exist_ok=True)
         parts = {f"{name}.jsonl": [json.dumps(row, ensure_ascii=False) for row in part] for name, part in parts.items()}
         for name, lines in (parts | {"report.md": [report]}).items():
             if lines:
-                (args.out / name).write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+                (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+        if args.out.exists():
+            older = next(path for n in range(1, 10**6) if not (path := Path(f"{args.out}-{n}")).exists())
+            print(f"The earlier {args.out} is now {args.out.rename(older)}")
+        folder.rename(args.out)
         report += f"\nNext: python dpo_trainer.py --data {args.out} --model ..."
     print(report.encode("utf-8", "replace").decode())
 
