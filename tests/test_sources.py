@@ -168,13 +168,8 @@ def hermes(nodes):
         live.add(key)
         key = parents.get(key)
     for i, (key, _, role, text, more) in enumerate(nodes):
-        row = {
-            "session_id": f"s{nodes[0][0]}",
-            "role": role,
-            "content": text,
-            "timestamp": 1.7e9 + i,
-            "active": int(key in live),
-        } | more
+        row = {"session_id": f"s{nodes[0][0]}", "role": role, "content": text, "timestamp": 1.7e9 + i}
+        row |= {"active": int(key in live)} | more
         base.execute(f"INSERT INTO messages ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
     base.commit()
     return {"state.db": base.serialize()}
@@ -442,7 +437,7 @@ QUEUED = {
     "uuid": "q",
     "parentUuid": "t",
     "type": "attachment",
-    "attachment": {"type": "queued_command", "prompt": "In one line."},
+    "attachment": {"type": "queued_command", "prompt": "Short."},
 }
 REMOVED = {"type": "queue-operation", "operation": "remove", "content": "In one line."}
 TOLD = [("response_item", {"type": "function_call", "name": "sh"}), ("response_item", {"type": "message", "role": "user",
