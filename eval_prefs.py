@@ -165,7 +165,7 @@ def load_rows(args, tokenizer):
     with blame(path, "give a .jsonl file, a folder with test.jsonl, or a hub dataset (pip install datasets)"):
         if path.exists() or path.suffix in (".jsonl", ".json", ".csv"):
             rows = [(i, line) for i, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
-            need(rows and b"{" in rows[0][1][:4], "empty, or a JSON array, CSV or so: write one JSON object a line")
+            need(rows and rows[0][1].lstrip(b"\xef\xbb\xbf \t")[:1] == b"{", "no JSON lines: write one object a line")
         else:
             from datasets import load_dataset
 
@@ -366,7 +366,7 @@ def summarize(scores, base, lengths):
 
 def to_table(heads, rows):
     """Return a Markdown table."""
-    cell = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    cell = lambda value: "-" if value == "nan" else " ".join(str(value).split()).replace("|", "\\|")
     return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in [heads, ["---"] * len(heads), *rows])
 
 
@@ -477,6 +477,7 @@ def draw(folder, scores):
     for figure, ax, name in ((left, left_ax, "margins.png"), (below, below_ax, "shift.png")):
         ax.legend(frameon=False)
         figure.savefig(folder / name, dpi=130, bbox_inches="tight")
+        plt.close(figure)
     return ["## Margins", "![Margins](margins.png)", "## Before and after", "![Before and after](shift.png)"]
 
 
