@@ -1,5 +1,6 @@
 """eval_prefs.py: its numbers against the trainer's, numpy's and those by hand, its files, and what it refuses."""
 
+import importlib.util
 import json
 import math
 import re
@@ -16,7 +17,6 @@ from conftest import FAMILIES, ROOT, make_rows, run_script, save_model, write_ro
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-import dpo_trainer
 import eval_prefs
 
 LORA = {"rank": 4, "scale": 10.0, "dropout": 0.0}
@@ -42,12 +42,11 @@ def random_adapter(model_path, folder, kind="lora", seed=0, size=0.05, **config)
         model.freeze()
         linear_to_lora_layers(model, 2, LORA, kind == "dora")
         named = dict(tree_flatten(model.trainable_parameters()))
-    Path(folder).mkdir(parents=True)
+    folder.mkdir(parents=True)
     noisy = {name: w + size * mx.random.normal(w.shape).astype(w.dtype) for name, w in named.items()}
-    mx.save_safetensors(str(Path(folder, "adapters.safetensors")), noisy)
-    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": LORA, "model": str(model_path)} | config
-    Path(folder, "adapter_config.json").write_text(json.dumps(config))
-    return Path(folder)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), noisy)
+    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": LORA, "model": model_path.name} | config
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +61,14 @@ def place(tmp_path_factory):
     done = run_script(*words.split(), cwd=folder)
     assert done.returncode == 0, done.stderr
     for i, (name, kind) in enumerate(RANDOM.items()):
-        random_adapter(folder / "tiny", folder / name, kind, seed=i, model="tiny")
-    random_adapter(folder / "wide", folder / "ofwide", model="wide")
+        random_adapter(folder / "tiny", folder / name, kind, seed=i)
+    random_adapter(folder / "wide", folder / "ofwide")
     return folder
+
+
+def collect(out, printed):
+    report, records = (out / "report.md").read_text(), read_lines(out / "pairs.jsonl")
+    return SimpleNamespace(out=out, printed=printed, report=report, records=records)
 
 
 @pytest.fixture
@@ -77,18 +81,13 @@ def evaluate(place, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", f"eval_prefs.py {model} --data {data} {words} --out {out}".split())
         capsys.readouterr()
         eval_prefs.main()
-        report, records = (out / "report.md").read_text(), read_lines(out / "pairs.jsonl")
-        return SimpleNamespace(out=out, printed=capsys.readouterr().out, records=records, report=report)
+        return collect(out, capsys.readouterr().out)
 
     return run
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def paths(*names):
-    return " ".join(f"--adapter-path {name}" for name in names)
+read_lines = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+paths = lambda *names: " ".join(f"--adapter-path {name}" for name in names)
 
 
 def scores_of(records, name):
@@ -105,21 +104,18 @@ def cells(report, name):
 def by_process(place, tmp_path_factory):
     """The report and records of every adapter, by one run in a process of its own."""
     out = tmp_path_factory.mktemp("all") / "report"
-    words = f"--data test.jsonl --out {out} {paths('dpo', *RANDOM)}".split()
-    done = run_script(*words, script="eval_prefs.py", cwd=place)
+    words = f"--data test.jsonl --out {out} {paths('dpo', *RANDOM)}"
+    done = run_script(*words.split(), script="eval_prefs.py", cwd=place)
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(
-        records=read_lines(out / "pairs.jsonl"), report=(out / "report.md").read_text(), printed=done.stdout
-    )
+    return collect(out, done.stdout)
 
 
 def test_numbers_are_the_trainers(place, by_process):
-    """metrics.jsonl's last line is the trainer's own evaluation of the same pairs after training."""
-    last = read_lines(place / "dpo" / "metrics.jsonl")[-1]
+    last = read_lines(place / "dpo" / "metrics.jsonl")[-1]  # the trainer's own evaluation of these pairs
     assert last["split"] == "test" and len(by_process.records) == 10
     scores, base = (scores_of(by_process.records, name) for name in ("dpo", "base"))
-    lengths = np.array([[record[f"{side}_tokens"] for side in SIDES] for record in by_process.records])
-    found = eval_prefs.summarize(scores, base, lengths)
+    lengths = [[record[f"{side}_tokens"] for side in SIDES] for record in by_process.records]
+    found = eval_prefs.summarize(scores, base, np.array(lengths))
     close = lambda value: pytest.approx(value, abs=1e-4, rel=1e-5)
     assert scores[:, 0].mean() == close(last["logps/chosen"]) and scores[:, 1].mean() == close(last["logps/rejected"])
     assert 0.1 * found["margin"][0] == close(last["rewards/margins"])  # beta
@@ -136,7 +132,6 @@ def numpy_logps(model, prompt, answer):
 
 @pytest.mark.parametrize("name", ["base", *RANDOM])
 def test_numbers_are_numpys(place, by_process, name):
-    """Straight from the logits of mlx-lm's own model with its own loading of adapters, a row at a time."""
     base, tokenizer = mlx_lm.load(str(place / "tiny"))
     model = mlx_lm.load(str(place / "tiny"), adapter_path=None if name == "base" else str(place / name))[0]
     scores = scores_of(by_process.records, name)
@@ -154,7 +149,7 @@ def test_numbers_are_numpys(place, by_process, name):
 
 
 def test_adapters_leave_the_base_as_it_is_and_need_no_second_one(place, evaluate, tmp_path):
-    random_adapter(place / "tiny", tmp_path / "zeros", size=0.0, model="tiny")  # lora_b begins as zeros
+    random_adapter(place / "tiny", tmp_path / "zeros", size=0.0)  # lora_b begins as zeros
     alone, last = evaluate(out=tmp_path / "alone"), evaluate(paths("full", "dora", tmp_path / "zeros"))
     np.testing.assert_array_equal(scores_of(alone.records, "base"), scores_of(last.records, "base"))
     np.testing.assert_allclose(scores_of(last.records, "zeros"), scores_of(last.records, "base"), atol=2e-4)
@@ -177,17 +172,12 @@ def test_neither_order_nor_batch_size_matters(evaluate, tmp_path):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mamba"])
 def test_shared_prompts_are_scored_as_whole_rows_or_not_shared(tmp_path, family):
-    mamba = dict(conv_kernel=4, state_size=4, use_bias=False, use_conv_bias=True, time_step_rank=4)
-    own = dict(mamba, intermediate_size=64, hidden_size=32, num_hidden_layers=2) if family == "mamba" else {}
+    own = dict(conv_kernel=4, state_size=4, use_bias=False, use_conv_bias=True, time_step_rank=4)
     model = mlx_lm.load(str(save_model(tmp_path / family, family, **own)))[0]
-    rng, pairs = np.random.default_rng(0), []
-    for count in (40, 9, 25):
-        ids = [rng.integers(10, 300, n).tolist() for n in (count, 7, 4)]
-        pairs.append({**dict(zip(("prompt", *SIDES), ids)), "models": {}})
-    shared = eval_prefs.shares_prompts(model, pairs)
-    assert shared == (family != "mamba")
-    found = eval_prefs.score_pairs({"base": model}, pairs, 2)["base"]
-    for pair, row in zip(pairs, found):
+    draw = lambda n: np.random.default_rng(n).integers(10, 300, n).tolist()
+    pairs = [{"prompt": draw(n), "chosen": draw(7), "rejected": draw(4), "models": {}} for n in (40, 9, 25)]
+    assert eval_prefs.shares_prompts(model, pairs) == (family != "mamba")
+    for pair, row in zip(pairs, eval_prefs.score_pairs({"base": model}, pairs, 2)["base"]):
         for side, value in zip(SIDES, row):
             logps = numpy_logps(model, pair["prompt"], pair[side])
             assert value == pytest.approx(logps[np.arange(len(pair[side])), pair[side]].sum(), abs=2e-4, rel=1e-5)
@@ -200,8 +190,9 @@ def test_a_share_near_its_end_has_wilsons_interval(wins, of, low, high):
 
 
 def test_other_intervals_are_the_bootstraps():
-    """Of 48 wins in 100: 0.48 -+ 1.96 * sqrt(0.48 * 0.52 / 100) = 0.38 to 0.58, in steps of 0.01."""
-    assert eval_prefs.interval(np.arange(100) < 48) == pytest.approx((0.38, 0.58), abs=0.021)
+    assert eval_prefs.interval(np.arange(100) < 48) == pytest.approx(
+        (0.38, 0.58), abs=0.021
+    )  # 0.48 -+ 1.96 * sqrt(0.48 * 0.52 / 100)
     limits = [eval_prefs.interval(np.random.default_rng(seed).normal(3, 2, 60)) for seed in range(40)]
     assert np.mean([high - low for low, high in limits]) == pytest.approx(2 * 1.96 * 2 / 60**0.5, rel=0.1)
     assert np.isnan(eval_prefs.interval([0.5, 1.5, 2.5])).all()  # of a few margins there is none
@@ -218,13 +209,10 @@ def test_mcnemar_by_hand(first, second, p):
     assert eval_prefs.mcnemar(one, two) == (first, second, pytest.approx(p))
 
 
-BASE = np.array([[-10.0, -12, 0], [-8, -6, 0], [-9, -9.5, 0], [-5, -7, 0]])
-SCORES = np.array([[-11.0, -16, 2], [-7, -9, 1], [-12, -10, 3], [-6, -7, 0]])  # margins 3, 4, -2.5, -1
-LENGTHS = np.array([[10, 4], [2, 5], [6, 6], [8, 4]])
-
-
 def test_a_summary_by_hand():
-    found = eval_prefs.summarize(SCORES, BASE, LENGTHS)
+    base = np.array([[-10.0, -12, 0], [-8, -6, 0], [-9, -9.5, 0], [-5, -7, 0]])
+    scores = np.array([[-11.0, -16, 2], [-7, -9, 1], [-12, -10, 3], [-6, -7, 0]])  # margins 3, 4, -2.5, -1
+    found = eval_prefs.summarize(scores, base, np.array([[10, 4], [2, 5], [6, 6], [8, 4]]))
     expected = {
         "accuracy": 0.75, "gained": 0.5, "margin": 0.875, "became_right": 0.25, "became_wrong": 0.25,
         "accuracy_mean": 0.5,  # -1.1 and -4, -3.5 and -1.8, -2 and -1.67, -0.75 and -1.75
@@ -235,7 +223,7 @@ def test_a_summary_by_hand():
     for name, value in expected.items():
         assert np.ravel(found[name])[0] == pytest.approx(value), name
     assert found["quartiles"] == pytest.approx((-1.375, 1.0, 3.25))
-    even = eval_prefs.summarize(SCORES, BASE, np.full((4, 2), 5))
+    even = eval_prefs.summarize(scores, base, np.full((4, 2), 5))
     assert math.isnan(even["accuracy_longer"]) and even["length_correlation"] == 0
 
 
@@ -273,9 +261,8 @@ def test_warnings():
 def test_the_report_begins_with_the_sentence_and_has_every_part(by_process):
     sentence = r"The adapter dpo prefers the better answer in \d+ of 10 held-out pairs, before it was \d+"
     assert re.match(sentence, by_process.report) and re.search(sentence, by_process.printed)
-    heads = re.findall("^## (.*)", by_process.report, re.M)
-    assert heads[:3] == ["What moved", "Which is better?", "Length"]
-    assert heads[3:6] == ["Accuracy by length", "Accuracy by source", "Accuracy by signal"]
+    heads = "What moved, Which is better?, Length, Accuracy by length, Accuracy by source, Accuracy by signal"
+    assert ", ".join(re.findall("^## (.*)", by_process.report, re.M)).startswith(heads)
     assert [cells(by_process.report, kind)[0][1] for kind in ("logs", "edit", "none")] == ["5", "4", "6"]
     wins = {name: scores_of(by_process.records, name) @ [1, -1, 0] > 0 for name in ("dpo", "one")}
     assert cells(by_process.report, "one")[0][1].startswith(f"{wins['one'].mean():.2f} (")
@@ -289,14 +276,10 @@ def test_cells_of_any_value_make_a_table():
     assert table.splitlines()[2:] == ["| x\\|y |", "| two lines |", "| ['list'] |", "| - |", "| banana |"]
 
 
-def test_pictures(evaluate):
-    pytest.importorskip("matplotlib")
-    found = evaluate(paths("one", "full"))
-    sizes = [(found.out / name).stat().st_size for name in ("margins.png", "shift.png")]
-    assert min(sizes) > 5000 and "![Margins](margins.png)" in found.report and "(shift.png)" in found.report
-
-
-def test_without_matplotlib_the_report_says_so(evaluate, monkeypatch):
+def test_pictures_or_how_to_get_them(evaluate, tmp_path, monkeypatch):
+    if importlib.util.find_spec("matplotlib"):
+        found = evaluate(paths("one", "full"), out=tmp_path / "drawn")
+        assert min((found.out / name).stat().st_size for name in re.findall(r"\((\w+\.png)\)", found.report)) > 5000
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     found = evaluate(paths("one"))
     assert "pip install matplotlib" in found.report and not list(found.out.glob("*.png"))
@@ -318,11 +301,8 @@ def test_answers_stand_side_by_side(place, evaluate):
 def test_hard_pairs_are_the_lowest_margins_as_they_were(evaluate, tmp_path):
     found = evaluate(f"{paths('one', 'two')} --hard 4 {tmp_path / 'hard.jsonl'}")
     margins = (scores_of(found.records, "two") - scores_of(found.records, "base")) @ [1, -1, 0]
-    rows = read_lines(tmp_path / "hard.jsonl")
-    assert rows == [tagged_rows()[i] for i in np.argsort(margins)[:4]]
+    assert read_lines(tmp_path / "hard.jsonl") == [tagged_rows()[i] for i in np.argsort(margins)[:4]]
     assert f"4 pairs with margins from {margins.min():.2f} to" in found.report
-    args = dpo_trainer.parse_args(["--model", "m", "--data", "d"])
-    assert all(dpo_trainer.read_pair(row, args) for row in rows)
 
 
 def test_from_any_folder_with_what_is_bundled(tmp_path):
@@ -337,16 +317,14 @@ def test_from_any_folder_with_what_is_bundled(tmp_path):
 def test_a_model_beside_the_adapter(place, tmp_path, monkeypatch, evaluate):
     shutil.copytree(place / "one", tmp_path / "made/runs/one")
     shutil.copytree(place / "tiny", tmp_path / "made/tiny")
-    data = place / "test.jsonl"
     monkeypatch.chdir(tmp_path)
-    assert cells(evaluate(paths("made/runs/one"), model="", data=data).report, "one")
+    assert cells(evaluate(paths("made/runs/one"), model="", data=place / "test.jsonl").report, "one")
 
 
 def test_columns_are_named_by_the_adapter_or_a_config(place, evaluate, tmp_path):
     rows = [{"question": row["messages"], "chosen": row["chosen"], "bad": row["rejected"]} for row in tagged_rows()]
     write_rows(tmp_path / "named.jsonl", rows)
-    names = {"prompt_feature": "question", "rejected_feature": "bad"}
-    random_adapter(place / "tiny", tmp_path / "own", model="tiny", **names)
+    random_adapter(place / "tiny", tmp_path / "own", prompt_feature="question", rejected_feature="bad")
     (tmp_path / "options.yaml").write_text("hf_dataset: {prompt_feature: question, rejected_feature: bad}\n")
     ways = (paths(tmp_path / "own"), f"--config {tmp_path / 'options.yaml'}")
     found = [evaluate(words, out=tmp_path / str(i), data=tmp_path / "named.jsonl") for i, words in enumerate(ways)]
@@ -366,30 +344,26 @@ def test_old_turns_go_blank_lines_do_not_count_and_lost_thoughts_are_said(place,
     cut = "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}"
     save_model(tmp_path / "cuts", template=cut + "{% if add_generation_prompt %}assistant: {% endif %}")
     data = write_rows(tmp_path / "thinks.jsonl", [{**rows[0], "chosen": "<think>Hm.</think>Ten."}, rows[1]])
-    printed = evaluate(model=f"--model {tmp_path / 'cuts'}", data=data).printed
-    assert "leaves a part of 1 answers out" in printed
+    assert "leaves a part of 1 answers out" in evaluate(model=f"--model {tmp_path / 'cuts'}", data=data).printed
 
 
 @pytest.fixture(scope="module")
 def bad(place):
     """Folders and files that are wrong, in the same place."""
     good = '{"prompt": "How far?", "chosen": "Ten minutes.", "rejected": "Who knows."}'
-    for name in ("list", "noweights", "broken", "elsewhere/one"):
+    for name in ("noweights", "broken", "elsewhere/one"):
         shutil.copytree(place / "one", place / name)
-    (place / "list" / "adapter_config.json").write_text("[]")
     (place / "noweights" / "adapters.safetensors").unlink()
-    weights = {name: w * math.nan for name, w in mx.load(str(place / "one" / "adapters.safetensors")).items()}
-    mx.save_safetensors(str(place / "broken" / "adapters.safetensors"), weights)
     (place / "nofile").mkdir()
-    for name, text in {"empty": "\n \n", "bad": f'{good}\n\n{{"prompt": "a"\n', "array": f"[{good}]"}.items():
+    texts = {"bad": f'{good}\n\n{{"prompt": "a"\n', "array": f"[{good}]", "somefile": "no folder"}
+    texts["equal"] = f"{good}\n{good.replace('Who knows.', 'Ten minutes.')}\n"
+    for name, text in {**texts, "pairs": good}.items():  # pairs.jsonl: a person's, which must not be written over
         (place / f"{name}.jsonl").write_text(text)
-    (place / "equal.jsonl").write_text(f"{good}\n{good.replace('Who knows.', 'Ten minutes.')}\n")
-    (place / "somefile").write_text("no folder")
-    (place / "pairs.jsonl").write_text(good)  # what a person has there must not be written over
     save_model(place / "overflows", dtype=mx.float16)
-    weights = mx.load(str(place / "overflows" / "model.safetensors"))
-    weights = {name: w * 3e4 if "down_proj" in name else w for name, w in weights.items()}
-    mx.save_safetensors(str(place / "overflows" / "model.safetensors"), weights, {"format": "mlx"})
+    for file, factor in (("overflows/model", 3e4), ("broken/adapters", math.nan)):
+        path = str(place / f"{file}.safetensors")
+        weights = {name: w * factor if "norm" not in name else w for name, w in mx.load(path).items()}
+        mx.save_safetensors(path, weights, {"format": "mlx"})
     return place
 
 
@@ -400,9 +374,7 @@ MISTAKES = {  # words: what is said
     "another model's adapter": (f"{ONE} ofwide", "ofwide: .*is it an adapter of this model"),
     "a missing adapter": (f"{ONE} none", "none/adapter_config.json: .*give an adapter's folder"),
     "a folder without weights": (f"{ONE} noweights", "noweights: .*is it an adapter"),
-    "a config of another kind": (f"{ONE} list", "list/adapter_config.json: "),
     "adapters of several models": (f"--data test.jsonl {paths('one', 'ofwide')}", "options: .*several models.*--model"),
-    "an empty test file": (f"{PLAIN} empty.jsonl", "empty.jsonl: no JSON lines"),
     "an array": (f"{PLAIN} array.jsonl", "array.jsonl: no JSON lines"),
     "a bad line": (f"{PLAIN} bad.jsonl", "bad.jsonl:3: .*mend or delete the row"),
     "equal answers": (f"{PLAIN} equal.jsonl", "equal.jsonl:2: .*equal answers: mend or delete"),
@@ -411,17 +383,14 @@ MISTAKES = {  # words: what is said
     "a missing model, as a name": ("--model models/gone --data test.jsonl", "models/gone: no such folder"),
     "a folder without a model": ("--model nofile --data test.jsonl", "nofile: no such folder with a config.json"),
     "every pair too long": (f"{PLAIN} test.jsonl --max-seq-length 5", "test.jsonl: .*raise --max-seq-length"),
-    "an output that is a file": (f"{PLAIN} test.jsonl --out somefile", "somefile: .*choose another --out"),
+    "an output that is a file": (f"{PLAIN} test.jsonl --out somefile.jsonl", "somefile.jsonl: .*choose another --out"),
     "an output with another's pairs": (f"{PLAIN} test.jsonl --out .", r"\.: its pairs.jsonl is no report's"),
     "hard pairs into a folder": (f"{ONE} one --hard 2 nofile", "nofile: .*choose another place"),
     "hard pairs over the data": (f"{ONE} one --hard 2 test.jsonl", "test.jsonl: .*pairs to measure on"),
     "adapters of one name": (f"{ONE} one --adapter-path elsewhere/one", "options: .*a name of its own"),
-    "a missing config": (f"{PLAIN} test.jsonl --config none.yaml", "none.yaml: .*a file of options"),
 }
-for word in "--batch-size 0, --max-tokens 0, --max-seq-length 0, --generate -1, --hard x out, --hard 0 out".split(", "):
-    MISTAKES[word] = (f"{PLAIN} test.jsonl {word}", "options: .*--help lists them all")
-for word in ("--hard 3", "--generate x", "--nonsense"):
-    MISTAKES[word] = (f"{PLAIN} test.jsonl {word}", ".*; --help lists all options")
+for word in ("--batch-size 0", "--max-tokens 0", "--generate -1", "--hard x out", "--hard 0 out", "--hard 3", "--none"):
+    MISTAKES[word] = (f"{PLAIN} test.jsonl {word}", ".*--help lists (them all|all options)")
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -430,23 +399,23 @@ def test_a_mistake_ends_in_one_line(bad, monkeypatch, tmp_path, name):
     monkeypatch.setitem(sys.modules, "datasets", None)  # not installed
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(bad)
-    before = (bad / "pairs.jsonl").read_text(), (bad / "test.jsonl").read_text()
+    read = lambda: [(bad / name).read_text() for name in ("pairs.jsonl", "test.jsonl")]
+    before = read()
     words = [*words.split(), *([] if "--out" in words else ["--out", str(tmp_path / "report")])]
     monkeypatch.setattr(sys, "argv", ["eval_prefs.py", *words])
     with pytest.raises(SystemExit) as stop:
         eval_prefs.main()
-    message = stop.value.code
-    assert isinstance(message, str) and "\n" not in message and len(message) < 1000  # to stderr, with exit status 1
-    assert re.match(pattern, message), message
-    assert before == ((bad / "pairs.jsonl").read_text(), (bad / "test.jsonl").read_text())
+    message = stop.value.code  # a text: Python writes it to stderr, and exits with status 1
+    assert re.match(pattern, message) and "\n" not in message and len(message) < 1000, message
+    assert before == read()
 
 
-def test_stderr_and_exit_status(bad, tmp_path):
-    done = run_script(
-        "--model", "overflows", "--out", tmp_path, "--data", "test.jsonl", script="eval_prefs.py", cwd=bad
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.match(MISTAKES["no numbers"][1], re.split(r"[\r\n]+", done.stderr.strip())[-1]), done.stderr
+def test_stderr_and_exit_status(bad):
+    check = ("data/make_tiny_chat.py", "--check nofile", "nofile: no adapters.safetensors")
+    for script, words, said in (("eval_prefs.py", *MISTAKES["no numbers"]), check):
+        done = run_script(*words.split(), script=script, cwd=bad)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert re.match(said, re.split(r"[\r\n]+", done.stderr.strip())[-1]), done.stderr
 
 
 def test_another_base_is_warned_of(place, evaluate):
@@ -461,8 +430,3 @@ def test_the_headline_of_the_bundled_model(tmp_path):
     random_adapter(ROOT / "data" / "tiny-chat", tmp_path / "zeros", size=0.0)
     done = run_script("--check", tmp_path / "zeros", script="data/make_tiny_chat.py")
     assert "helpful 29 -> 29, evasive 71 -> 71, other 0 -> 0" in done.stdout, done.stderr
-
-
-def test_a_missing_adapter_has_no_headline(tmp_path):
-    done = run_script("--check", tmp_path, script="data/make_tiny_chat.py")
-    assert done.returncode == 1 and done.stderr.startswith(f"{tmp_path}: no adapters.safetensors"), done.stderr
