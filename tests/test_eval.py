@@ -26,8 +26,7 @@ SIDES = ("chosen", "rejected")
 
 def tagged_rows():
     """Return ten rows: half of one source, and signals that some rows lack."""
-    rows = make_rows(34)[24:]
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows := make_rows(34)[24:]):
         row |= {"source": ("logs", "votes")[i % 2], "id": i} | ({"signal": "edit"} if i < 4 else {})
     return rows
 
@@ -177,10 +176,11 @@ def test_shared_prompts_are_scored_as_whole_rows_or_not_shared(tmp_path, family)
     draw = lambda n: np.random.default_rng(n).integers(10, 300, n).tolist()
     pairs = [{"prompt": draw(n), "chosen": draw(7), "rejected": draw(4), "models": {}} for n in (40, 9, 25)]
     assert eval_prefs.shares_prompts(model, pairs) == (family != "mamba")
-    for pair, row in zip(pairs, eval_prefs.score_pairs({"base": model}, pairs, 2)["base"]):
-        for side, value in zip(SIDES, row):
-            logps = numpy_logps(model, pair["prompt"], pair[side])
-            assert value == pytest.approx(logps[np.arange(len(pair[side])), pair[side]].sum(), abs=2e-4, rel=1e-5)
+    eval_prefs.score_batches({"base": model}, eval_prefs.sorted_batches(pairs, 2, family != "mamba"))
+    for pair in pairs:
+        for side in SIDES:
+            logps = numpy_logps(model, pair["prompt"], pair[side])[np.arange(len(pair[side])), pair[side]]
+            assert pair["models"]["base"][side] == pytest.approx(logps.sum(), abs=2e-4, rel=1e-5)
 
 
 @pytest.mark.parametrize("wins, of, low, high", [(8, 8, 0.6756, 1), (0, 8, 0, 0.3244), (97, 100, 0.9155, 0.9897)])
@@ -281,8 +281,7 @@ def test_pictures_or_how_to_get_them(evaluate, tmp_path, monkeypatch):
         found = evaluate(paths("one", "full"), out=tmp_path / "drawn")
         assert min((found.out / name).stat().st_size for name in re.findall(r"\((\w+\.png)\)", found.report)) > 5000
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    found = evaluate(paths("one"))
-    assert "pip install matplotlib" in found.report and not list(found.out.glob("*.png"))
+    assert "pip install matplotlib" in evaluate(paths("one")).report
 
 
 def test_answers_stand_side_by_side(place, evaluate):
@@ -426,7 +425,6 @@ def test_another_base_is_warned_of(place, evaluate):
 
 @pytest.mark.slow
 def test_the_headline_of_the_bundled_model(tmp_path):
-    """An adapter of zeros answers as the base does: 29 of 100 helpfully."""
-    random_adapter(ROOT / "data" / "tiny-chat", tmp_path / "zeros", size=0.0)
+    random_adapter(ROOT / "data" / "tiny-chat", tmp_path / "zeros", size=0.0)  # answers as the base does
     done = run_script("--check", tmp_path / "zeros", script="data/make_tiny_chat.py")
     assert "helpful 29 -> 29, evasive 71 -> 71, other 0 -> 0" in done.stdout, done.stderr
