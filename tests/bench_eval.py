@@ -40,7 +40,6 @@ SIDES = ("chosen", "rejected")
 def build(shape):
     """Return a random model, and the same with an adapter in it."""
     *sizes, dtype = SHAPES[shape]
-    mx.random.seed(0)
     model = llama.Model(llama.ModelArgs(model_type="llama", rms_norm_eps=1e-5, **dict(zip(FIELDS.split(), sizes))))
     model.set_dtype(dtype)
     tuned = copy.deepcopy(model.eval().freeze())
