@@ -403,8 +403,8 @@ def models_part(found):
         quartiles = " / ".join(f"{q:.2f}" for q in m["quartiles"])
         moved.append([name, quartiles, *changes, f"{m['rejected_change']:+.2f}"])
     explained = (
-        "Accuracy: share of the pairs whose chosen answer is likelier; the first sentence counts it a token. Gained: whose"
-        " chosen answer gained on the rejected one. Margin: by how much, without beta. kl: from the base, nats a token."
+        "Accuracy: share of the pairs whose chosen answer is likelier; the first sentence counts it a token. Gained:"
+        " whose chosen answer gained on the rejected one. Margin: by how much, without beta. kl: a token, from the base."
     )
     lines = [to_table(heads, rows), explained]
     heads = ["model", "margin quartiles", "became right", "became wrong", "chosen log-prob", "rejected log-prob"]
