@@ -403,7 +403,7 @@ def models_part(found):
         quartiles = " / ".join(f"{q:.2f}" for q in m["quartiles"])
         moved.append([name, quartiles, *changes, f"{m['rejected_change']:+.2f}"])
     explained = (
-        "Accuracy: share of the pairs whose chosen answer is likelier; the first sentence counts it a token. Gained:"
+        "Accuracy: share of the pairs whose chosen answer is likelier; the first sentence counts a token. Gained:"
         " whose chosen answer gained on the rejected one. Margin: by how much, without beta. kl: a token, from the base."
     )
     lines = [to_table(heads, rows), explained]
