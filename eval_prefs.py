@@ -404,7 +404,7 @@ def models_part(found):
         moved.append([name, quartiles, *changes, f"{m['rejected_change']:+.2f}"])
     explained = (
         "Accuracy: share of the pairs whose chosen answer is likelier; the first sentence counts a token. Gained:"
-        " whose chosen answer gained on the rejected one. Margin: by how much, without beta. kl: a token, from the base."
+        " whose chosen answer gained on the rejected one. Margin: by how much, without beta. kl: a token, to the base."
     )
     lines = [to_table(heads, rows), explained]
     heads = ["model", "margin quartiles", "became right", "became wrong", "chosen log-prob", "rejected log-prob"]
