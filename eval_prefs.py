@@ -403,9 +403,8 @@ def models_part(found):
         quartiles = " / ".join(f"{q:.2f}" for q in m["quartiles"])
         moved.append([name, quartiles, *changes, f"{m['rejected_change']:+.2f}"])
     explained = (
-        "Accuracy: share of the pairs whose chosen answer is the likelier one, in sum or a token; the first sentence takes"
-        " the latter. Gained: whose chosen answer gained on the rejected one against the base. Margin: by how much,"
-        " without beta. kl: KL(model || base), in nats a token of both answers."
+        "Accuracy: share of pairs whose chosen answer is likelier, in sum or (as in the first sentence) a token. Gained:"
+        " whose chosen answer gained on the rejected one. Margin: by how much, without beta. kl: nats a token, from base."
     )
     lines = [to_table(heads, rows), explained]
     heads = ["model", "margin quartiles", "became right", "became wrong", "chosen log-prob", "rejected log-prob"]
@@ -420,9 +419,8 @@ def tests_part(scores, lengths):
         first, second, p = mcnemar(right(scores[one], by), right(scores[two], by))
         better = f"the {'first' if first > second else 'second'} is better" if p < 0.05 else "no difference to be seen"
         rows.append([f"{one}, {two}", how, first, second, len(lengths) - first - second, f"{p:.2g}", better])
-    return (
-        ["## Which is better?", f"McNemar's exact test on {len(lengths)} pairs.", to_table(heads, rows)] if rows else []
-    )
+    title = f"McNemar's exact test on {len(lengths)} pairs."
+    return ["## Which is better?", title, to_table(heads, rows)] if rows else []
 
 
 def groups_part(found, scores, lengths, pairs):
