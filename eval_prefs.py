@@ -403,8 +403,8 @@ def models_part(found):
         quartiles = " / ".join(f"{q:.2f}" for q in m["quartiles"])
         moved.append([name, quartiles, *changes, f"{m['rejected_change']:+.2f}"])
     explained = (
-        "Accuracy: share of pairs whose chosen answer is likelier, in sum or (as in the first sentence) a token. Gained:"
-        " whose chosen answer gained on the rejected one. Margin: by how much, without beta. kl: nats a token, from base."
+        "Accuracy: share of pairs whose chosen answer is likelier, in sum or (the first sentence) a token. Gained: it"
+        " gained on the rejected one against the base. Margin: by how much, without beta. kl: from the base, a token."
     )
     lines = [to_table(heads, rows), explained]
     heads = ["model", "margin quartiles", "became right", "became wrong", "chosen log-prob", "rejected log-prob"]
