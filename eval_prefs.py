@@ -163,7 +163,7 @@ def load_data(args, tokenizer):
     with blame(path, "give a .jsonl file, a folder with test.jsonl, or a hub dataset (pip install datasets)"):
         if path.exists() or path.suffix in (".jsonl", ".json", ".csv"):
             rows = [(i, line) for i, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
-            need(rows and b"{" in rows[0][1][:4], "empty, or a JSON array, CSV or so: write one JSON object a line")
+            need(rows and rows[0][1].lstrip(b"\xef\xbb\xbf \t")[:1] == b"{", "no JSON lines: write one object a line")
         else:
             from datasets import load_dataset
 
@@ -263,8 +263,9 @@ def answer_logits(model, batch):
 def score_batch(logits, base_logits, batch):
     """Return (2B, 2) float32: each answer's log-probability and its KL(model || base), both summed over its tokens."""
     found, rows = [], zip(logits, base_logits, batch["rows"][:, 1:], batch["mask"] > 0)
-    for *both, targets, mask in rows:  # one by one, for the memory's sake
-        p, q = (nn.log_softmax(row.astype(mx.float32)) for row in both)  # (R, V)
+    for row, base_row, targets, mask in rows:  # one by one, for the memory's sake
+        p = nn.log_softmax(row.astype(mx.float32))  # (R, V)
+        q = p if logits is base_logits else nn.log_softmax(base_row.astype(mx.float32))
         logps = mx.take_along_axis(p, targets[:, None], axis=-1)[:, 0]
         kl = nn.losses.kl_div_loss(q, p, reduction="none")  # exact, from both whole distributions
         found.append(mx.where(mask, mx.stack([logps, kl]), 0.0).sum(-1))
@@ -274,8 +275,9 @@ def score_batch(logits, base_logits, batch):
 def shares_prompts(model, pairs):
     """Return whether the model scores shared prompts as whole rows, as one with a recurrent state does not."""
     pairs = [pick(pairs, key=lambda pair: len(pair["prompt"])) for pick in (min, max)]
-    R = max(len(pair["prompt"] + pair[side]) for pair in pairs for side in ("chosen", "rejected"))
-    whole, shared = make_batch(pairs, (0, R)), make_batch(pairs, (R, R))
+    P = max(len(pair["prompt"]) for pair in pairs)
+    R = max(len(pair[side]) for pair in pairs for side in ("chosen", "rejected"))
+    whole, shared = make_batch(pairs, (0, P + R)), make_batch(pairs, (P, R))
     logits = answer_logits(model, whole)
     try:
         others = answer_logits(model, shared)
@@ -286,9 +288,8 @@ def shares_prompts(model, pairs):
         return False
 
 
-def score_pairs(models, pairs, size):
-    """Return {name: (N, 3)}, and give each pair its "models": both answers' log-probabilities and KL."""
-    batches = sorted_batches(pairs, size, shares_prompts(models["base"], pairs))
+def score_batches(models, batches):
+    """Give each pair its "models": under each of them, both answers' log-probabilities and their KL from the base."""
     for some, shape in tqdm(batches, "scoring", leave=False, disable=None):
         batch = make_batch(some, shape)
         base = answer_logits(models["base"], batch)
@@ -299,7 +300,6 @@ def score_pairs(models, pairs, size):
             need(np.isfinite(found).all(), wrong)
             for pair, (chosen, kl), (rejected, more) in zip(some, *found):
                 pair["models"][name] = {"chosen": chosen, "rejected": rejected, "kl": kl + more}
-    return {name: np.array([[*pair["models"][name].values()] for pair in pairs]) for name in models}
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -363,7 +363,7 @@ def summarize(scores, base, lengths):
 
 def to_table(heads, rows):
     """Return a Markdown table."""
-    cell = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    cell = lambda value: "-" if value == "nan" else " ".join(str(value).split()).replace("|", "\\|")
     return "\n".join(f"| {' | '.join(map(cell, row))} |" for row in [heads, ["---"] * len(heads), *rows])
 
 
@@ -400,7 +400,7 @@ def models_part(found):
         quartiles = " / ".join(f"{q:.2f}" for q in m["quartiles"])
         moved.append([name, quartiles, *changes, f"{m['rejected_change']:+.2f}"])
     explained = (
-        "Accuracy: in how many of the pairs the chosen answer is the likelier one; preferred: a token. Gained: where it"
+        "Accuracy: share of pairs whose chosen answer is likelier, in sum or (the first sentence) a token. Gained: it"
         " gained on the rejected one against the base. Margin: by how much, without beta. kl: from the base, a token."
     )
     lines = [to_table(heads, rows), explained]
@@ -474,6 +474,7 @@ def draw(folder, scores):
     for figure, ax, name in ((left, left_ax, "margins.png"), (below, below_ax, "shift.png")):
         ax.legend(frameon=False)
         figure.savefig(folder / name, dpi=130, bbox_inches="tight")
+        plt.close(figure)
     return ["## Margins", "![Margins](margins.png)", "## Before and after", "![Before and after](shift.png)"]
 
 
@@ -524,7 +525,8 @@ def main():
         with blame(path, "is it an adapter of this model?"):  # a deep copy of a model has the same arrays in memory
             models[path.resolve().name] = load_adapters(copy.deepcopy(model), str(path)).eval()
     with blame(args.model, "take another model or adapter or, where memory ends, --batch-size 1"):
-        scores = score_pairs(models, pairs, args.batch_size)
+        score_batches(models, sorted_batches(pairs, args.batch_size, shares_prompts(model, pairs)))
+    scores = {name: np.array([[*pair["models"][name].values()] for pair in pairs]) for name in models}
     lengths = np.array([[pair["chosen_tokens"], pair["rejected_tokens"]] for pair in pairs])
     found = {name: summarize(part, scores["base"], lengths) for name, part in scores.items()}
     lines = headlines(found, scores, lengths, args.model)

@@ -1,120 +1,94 @@
 """
 Time eval_prefs.py's scoring of preference pairs against plain mlx-lm, which scores each answer by itself.
 
-    python tests/bench_eval.py --shape 1B --lengths 900/150,180/300
+    python tests/bench_eval.py --shape 3B --lengths 900/150,180/300
     python tests/bench_eval.py --shape cpu --lengths 450/75 --pairs 16     a small float32 model, for a CPU
 
-A random model and LoRA of rank 8 on every linear layer; both score every pair under the base, then under the adapter.
-ours: one forward over a batch of pairs of like lengths, prompts shared. plain: model(prompt + answer), one row at a
-time, and a float32 log-softmax over the answer. The two take turns; each is timed over its first pass over the pairs,
-as an evaluation is, compiling included, after one pair that starts the device. Their log-probabilities are compared.
-
-pairs/s   median of the rounds, under base and adapter both
-/ plain   the plain way's seconds over these: above 1 is faster
-gap       the largest difference from the plain way's log-probabilities, in nats a token
-with KL   ours with the exact KL(adapter || base), which is one forward more, as score_pairs computes it
+A random model, and an adapter of rank 8 on every linear layer; every pair is scored under both.
+ours: score_batches, as for a report: batches of like lengths, prompts shared, the exact KL between the two as well.
+plain: model(prompt + answer), a row at a time, and a float32 log-softmax over the answer; no KL.
+The two take turns, each after a pair that starts the device. Printed: pairs a second under both models, median of the
+rounds; the plain way's seconds over ours (above 1: ours is faster); the largest difference, in nats a token.
 """
 
 import argparse
-import gc
+import copy
 import sys
 import time
-from functools import partial
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from bench_step import SHAPES, SIDES, build, draw_pairs
-from mlx.utils import tree_flatten
+from mlx.utils import tree_map
+from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval_prefs
 
-LORA = {"rank": 8, "scale": 20.0, "dropout": 0.0}
+FIELDS = "hidden_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size"
+SHAPES = {  # Llama 3.2's two small ones, and one that a laptop's CPU can run
+    "1B": (2048, 16, 8192, 32, 8, 64, 128256, mx.bfloat16),
+    "3B": (3072, 28, 8192, 24, 8, 128, 128256, mx.bfloat16),
+    "cpu": (512, 4, 1536, 8, 4, 64, 8192, mx.float32),
+}
+SIDES = ("chosen", "rejected")
 
 
-def add_adapter(model):
-    """Put LoRA into the model; return its random parameters and those that make the model its base, {name: array}."""
-    model.freeze()
-    linear_to_lora_layers(model, len(model.layers), LORA)
-    initial = dict(tree_flatten(model.trainable_parameters()))
-    mx.random.seed(1)
-    own = {name: w + 0.01 * mx.random.normal(w.shape).astype(w.dtype) for name, w in initial.items()}
-    mx.eval(own, initial)
-    model.update(eval_prefs.tree_unflatten(list(own.items())))
-    return own, initial
+def build(shape):
+    """Return a random model, and the same with an adapter in it."""
+    *sizes, dtype = SHAPES[shape]
+    model = llama.Model(llama.ModelArgs(model_type="llama", rms_norm_eps=1e-5, **dict(zip(FIELDS.split(), sizes))))
+    model.set_dtype(dtype)
+    tuned = copy.deepcopy(model.eval().freeze())
+    linear_to_lora_layers(tuned, sizes[1], {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    tuned.update(tree_map(lambda w: (w + mx.random.normal(w.shape) / 100).astype(dtype), tuned.trainable_parameters()))
+    mx.eval(model.parameters(), tuned.parameters())
+    return {"base": model, "tuned": tuned.eval()}
 
 
-def score_ours(model, pairs, args):
-    """Return (N, 2) log-probabilities, as add_reference computes them."""
-    numbered = [pair | {"number": i} for i, pair in enumerate(pairs)]
-    found, score = np.zeros((len(pairs), 2)), mx.compile(partial(eval_prefs.completion_logps, model))
-    for batch in eval_prefs.sorted_batches(numbered, args.batch_size, args.share):
-        logps = score(eval_prefs.make_batch(batch, args.share))
-        found[[pair["number"] for pair in batch]] = np.array(logps).reshape(2, -1).T
+def draw_pairs(prompt, answer, count, vocabulary):
+    """Return pairs of random ids, of lognormal lengths, as chats have, with these medians."""
+    rng, medians = np.random.default_rng(0), np.array([prompt, answer, answer])
+    lengths = np.clip(rng.lognormal(np.log(medians), 0.5, (count, 3)), 4, 4 * medians).astype(int)
+    rows = [[rng.integers(5, vocabulary, n).tolist() for n in row] for row in lengths]
+    return [{**dict(zip(("prompt", *SIDES), row)), "models": {}} for row in rows]
+
+
+def score_ours(models, pairs, size):
+    """Return {name: (N, 2)}, the log-probabilities of both answers."""
+    eval_prefs.score_batches(models, eval_prefs.sorted_batches(pairs, size, True))
+    return {name: np.array([[pair["models"][name][side] for side in SIDES] for pair in pairs]) for name in models}
+
+
+def score_plain(models, pairs, _):
+    """Return the same, each answer's with a forward of its own."""
+    found = {name: np.zeros((len(pairs), 2)) for name in models}
+    for name, i, k in product(models, range(len(pairs)), range(2)):
+        prompt, answer = pairs[i]["prompt"], pairs[i][SIDES[k]]
+        logits = models[name](mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]
+        logps = nn.log_softmax(logits.astype(mx.float32), axis=-1)
+        found[name][i, k] = mx.take_along_axis(logps, mx.array(answer)[:, None], axis=-1).sum().item()
     return found
 
 
-def score_plain(model, pairs, args):
-    """Return (N, 2) log-probabilities, each answer's with a forward of its own."""
-
-    def score(prompt, answer):
-        logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]
-        logps = nn.log_softmax(logits.astype(mx.float32), axis=-1)
-        return mx.take_along_axis(logps, mx.array(answer)[:, None], axis=-1).sum().item()
-
-    return np.array([[score(pair["prompt"], pair[side]) for side in SIDES[1:]] for pair in pairs])
-
-
-def time_scoring(score, shape, pairs, args):
-    """Return the seconds of scoring the pairs under base and adapter, and both's log-probabilities (2, N, 2)."""
-    model, seconds, found = build(shape).eval(), 0.0, []
-    args.share = eval_prefs.settle_sharing(model, pairs)
-    for adapt in (lambda model: None, add_adapter):
-        adapt(model)
-        model.eval()
-        score(model, pairs[:1], args)
+def compare(models, name, options):
+    """Print a line for lengths of these medians."""
+    pairs = draw_pairs(*map(int, name.split("/")), options.pairs, SHAPES[options.shape][-2])
+    assert eval_prefs.shares_prompts(models["base"], pairs)
+    took, found, ways = {"ours": [], "plain": []}, {}, {"ours": score_ours, "plain": score_plain}
+    for side, score in [*ways.items()] * options.rounds:
+        score(models, pairs[:1], 1)
         start = time.perf_counter()
-        found.append(score(model, pairs, args))
-        seconds += time.perf_counter() - start
-    return seconds, np.array(found)
-
-
-def score_with_kl(shape, pairs, args):
-    """Return the seconds of score_pairs over the pairs, and of their base before it; and the log-probabilities."""
-    model = build(shape).eval()
-    args.share = eval_prefs.settle_sharing(model, pairs)
-    score_ours(model, pairs[:1], args)
-    start = time.perf_counter()
-    base = score_ours(model, pairs, args)
-    seconds = time.perf_counter() - start
-    weights = add_adapter(model)
-    eval_prefs.score_pairs(model, *weights, pairs[:1], args)
-    start = time.perf_counter()
-    tuned = eval_prefs.score_pairs(model, *weights, pairs, args)[:, :2]
-    return seconds + time.perf_counter() - start, np.array([base, tuned])
-
-
-def compare(name, options):
-    """Print a line each of ours, of plain mlx-lm and of ours with KL, for lengths of these medians."""
-    args = eval_prefs.parse_args(["--model", "-", "--batch-size", str(options.batch_size)])
-    pairs = draw_pairs(map(int, name.split("/")), options.pairs, SHAPES[options.shape][-2])
-    sides = {"ours": partial(time_scoring, score_ours), "plain": partial(time_scoring, score_plain)}
-    sides, took, logps = sides | {"with KL": score_with_kl}, {}, {}
-    for side in list(sides) * options.rounds:
-        seconds, logps[side] = sides[side](options.shape, pairs, args)
-        took.setdefault(side, []).append(seconds)
-        gc.collect()  # what was compiled and its model hold each other
-        mx.clear_cache()
-    lengths = np.array([[len(pair[side]) for side in SIDES[1:]] for pair in pairs])
-    for side, rounds in took.items():
-        ratio = np.median(took["plain"]) / np.median(rounds)
-        each = sorted(plain / ours for plain, ours in zip(took["plain"], rounds))
-        gap = (np.abs(logps[side] - logps["plain"]) / lengths).max()
-        line = f"{name:9} {side:8}{len(pairs) / np.median(rounds):10.3f}{ratio:9.2f}"
-        print(f"{line}{f'({each[0]:.2f}-{each[-1]:.2f})':>16}{gap:12.1e}", flush=True)
+        found[side] = np.array([*score(models, pairs, options.batch_size).values()])
+        took[side].append(time.perf_counter() - start)
+    ratios = sorted(plain / ours for plain, ours in zip(took["plain"], took["ours"]))
+    gap = (np.abs(found["ours"] - found["plain"]) / [[len(pair[side]) for side in SIDES] for pair in pairs]).max()
+    speeds = "".join(f"{len(pairs) / np.median(took[side]):10.3f}" for side in ("ours", "plain"))
+    print(f"{name}: pairs/s, ours and plain {speeds}; plain / ours {np.median(ratios):.2f}", end=" ")
+    print(f"({ratios[0]:.2f} to {ratios[-1]:.2f}); gap {gap:.1e}", flush=True)
 
 
 def main():
@@ -124,11 +98,12 @@ def main():
     for name, default in (("pairs", 32), ("batch-size", 4), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     options = parser.parse_args()
-    print(f"{mx.device_info()['device_name']}, mlx {mx.__version__}, batches of {options.batch_size} pairs", flush=True)
-    print(f"{options.shape}, {options.pairs} pairs, {options.rounds} rounds")
-    print(f"{'lengths':18}{'pairs/s':>10}{'/ plain':>9}{'(least-most)':>16}{'gap':>12}", flush=True)
+    if not (eval_prefs.CUDA or eval_prefs.METAL):  # as eval_prefs.py does
+        mx.disable_compile()
+    print(mx.device_info()["device_name"], "mlx", mx.__version__, options)
+    models = build(options.shape)
     for name in options.lengths.split(","):
-        compare(name, options)
+        compare(models, name, options)
 
 
 if __name__ == "__main__":

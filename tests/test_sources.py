@@ -7,7 +7,6 @@ kinds of fault that people met are tables below: what a program puts into a reco
 import contextlib
 import gzip
 import io
-import itertools
 import json
 import re
 import sqlite3
@@ -29,7 +28,7 @@ Q, BAD, GOOD = (
 )
 MORE, BYE, SECRET = "Lovely, and when does it come back?", "At six in the evening.", "Quokkafish"
 SENTINEL = "00000000-0000-4000-8000-000000000000"
-Done = namedtuple("Done", "code text rows unpaired report")
+Done = namedtuple("Done", "code text rows report")
 
 
 def read_rows(*paths):
@@ -62,7 +61,7 @@ def run(tmp_path, files, *words):
     rows = read_rows(*(out / f"{name}.jsonl" for name in ("train", "valid", "test")))
     report = (out / "report.md").read_text("utf-8") if (out / "report.md").exists() else ""
     assert "Traceback" not in said.getvalue(), said.getvalue()
-    return Done(code, said.getvalue(), rows, read_rows(out / "unpaired.jsonl"), report)
+    return Done(code, said.getvalue(), rows, report)
 
 
 def texts(row):
@@ -168,33 +167,14 @@ def hermes(nodes):
         live.add(key)
         key = parents.get(key)
     for i, (key, _, role, text, more) in enumerate(nodes):
-        row = {
-            "session_id": f"s{nodes[0][0]}",
-            "role": role,
-            "content": text,
-            "timestamp": 1.7e9 + i,
-            "active": int(key in live),
-        } | more
+        row = {"session_id": f"s{nodes[0][0]}", "role": role, "content": text, "timestamp": 1.7e9 + i}
+        row |= {"active": int(key in live)} | more
         base.execute(f"INSERT INTO messages ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", [*row.values()])
     base.commit()
     return {"state.db": base.serialize()}
 
 
-def studio(nodes):
-    def version(role, text, more):
-        block = {"type": "contentBlock", "content": [{"type": "text", "text": text}]}
-        thought = {"type": "contentBlock", "style": {"type": "thinking"}, "content": [{"type": "text", "text": SECRET}]}
-        plain = {"type": "singleStep", "role": role, "content": [{"type": "text", "text": text}]}
-        return (plain if role == "user" else {"type": "multiStep", "role": role, "steps": [thought, block]}) | more
-
-    messages = []
-    for _, group in itertools.groupby(nodes, key=lambda node: (node[1], node[2])):
-        versions = [version(*node[2:]) for node in group]
-        messages.append({"versions": versions, "currentlySelected": len(versions) - 1})
-    return {"1.conversation.json": {"name": SECRET, "systemPrompt": SECRET, "createdAt": 1.7e12, "messages": messages}}
-
-
-WRITERS = [chatgpt, claude, webui, code, codex, hermes, studio]
+WRITERS = [chatgpt, claude, webui, code, codex, hermes]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -203,7 +183,7 @@ def test_a_question_answered_again(write, tmp_path):
     files = write(retry())
     done = run(tmp_path, files)
     assert pairs(done) == [([Q], GOOD, BAD)], done.text
-    names = {chatgpt: "chatgpt", claude: "claude", webui: "open-webui", code: "claude-code", studio: "lm-studio"}
+    names = {chatgpt: "chatgpt", claude: "claude", webui: "open-webui", code: "claude-code"}
     row = done.rows[0]
     assert (row["signal"], row["weight"], row["source"]) == ("regenerate", 0.7, names.get(write, write.__name__))
     assert SECRET not in done.text + done.report and save(tmp_path / "same", files)
@@ -218,7 +198,7 @@ def test_an_edited_question_gives_no_pair(write, tmp_path):
     nodes = retry()
     nodes[2:3] = [("v", None, "user", "How do I keep basil alive?", {}), ("b", "v", "assistant", GOOD, {})]
     done = run(tmp_path, write(nodes))
-    assert done.code == 1 and not done.rows and "one answer, not rated" in done.text or write is studio
+    assert done.code == 1 and not done.rows and "one answer, no other to compare" in done.text
 
 
 TALK = [("Which month comes before August?", "September comes before August.")]
@@ -276,11 +256,6 @@ def test_ratings_and_choices(tmp_path):
     vote = {"type": "rating", "data": {"rating": "-1"}, "meta": {"message_id": "b", "chat_id": "c1"}, "snapshot": None}
     done = run(tmp_path / "6", webui(retry()) | {"feedback.json": [vote]})
     assert pairs(done) == [([Q], BAD, GOOD)] and done.rows[0]["signal"] == "rating"
-    emoji = {"display_metadata": json.dumps({"reactions": [{"emoji": "👎", "author": "user"}]})}
-    done = run(
-        tmp_path / "7", hermes(retry()[:2] + [("z", "a", "user", MORE, {}), ("y", "z", "assistant", BYE, emoji)])
-    )
-    assert [(row["completion"][0]["content"], row["label"]) for row in done.unpaired] == [(BYE, False)]
 
 
 # ------------------------------------------------------------------------------------------- kinds of fault, by table
@@ -301,9 +276,6 @@ OUTPUT = lambda text: {
     "content": "",
     "output": [*CALLED, {"type": "message", "content": [{"type": "output_text", "text": text}]}],
 }
-STEPS = lambda text: {"steps": [
-    {"type": "contentBlock", "content": [{"type": "text", "text": "I look."}, {"type": "toolCallRequest", "name": "f"}]},
-    {"type": "toolStatus"}, {"type": "contentBlock", "content": PART(text)}, {"type": "debugInfoBlock", "debugInfo": SECRET}]}  # fmt: skip
 TRL = {"prompt": [{"role": "user", "content": PART(Q)}]}
 TRL |= {side: [{"role": "assistant", "content": PART(text)}] for side, text in (("chosen", GOOD), ("rejected", BAD))}
 TEXT_IN_BLOCKS = {  # where programs keep the text of a message
@@ -319,7 +291,6 @@ TEXT_IN_BLOCKS = {  # where programs keep the text of a message
     "codex blocks": codex(retry(b={"content": [{"type": "output_text", "text": GOOD}], "phase": "final_answer"})),
     "hermes blocks": hermes(retry(b={"content": "\x00json:" + json.dumps(PART(GOOD))})),
     "hermes voice": hermes(retry(q=f"[The user sent a voice message~ Here's what they said: \"{Q}\"]")),
-    "studio steps": studio(retry(a=STEPS(BAD), b=STEPS(GOOD))),
     "trl": {"r.jsonl": [TRL]},
     "trl text and parts": {"r.jsonl": [{"prompt": Q, "chosen": PART(GOOD), "rejected": BAD}]},
     "ultrafeedback": {"r.jsonl": [{"prompt": Q, "chosen": TRL["prompt"] + TRL["chosen"], "score_chosen": 9,
@@ -366,7 +337,6 @@ BESIDE = {  # a picture, a file, a voice that came with the question
     "hermes picture": hermes(retry(q=f"[The user sent an image~ Here's what I can see: a boat]\n{Q}")),
     "hermes column": hermes(retry(u={"attachments": '["a.png"]'})),
     "hermes blocks": hermes(retry(u={"content": "\x00json:" + json.dumps([{"type": "image_url"}, *PART(Q)])})),
-    "studio file": studio(retry(u={"content": [{"type": "file", "name": "a.pdf"}, *PART(Q)]})),
     "trl picture": {"r.jsonl": [TRL | {"prompt": [{"role": "user", "content": [{"type": "image"}, *PART(Q)]}]}]},
     "trl column": {"r.jsonl": [TRL | {"images": ["a.png"]}]},
     "rows": {"r.jsonl": [{"messages": [{"role": "user", "content": [{"type": "input_audio"}, *PART(Q)]}, *LINE[1:]]}]},
@@ -382,7 +352,7 @@ def test_what_lay_beside_a_prompt(name, tmp_path):
         done.text,
     )
     done = run(tmp_path, {"other.jsonl": [{"prompt": "x y", "chosen": "one", "rejected": "two"}]}, "--corrections")
-    assert len(done.rows) == 1 and "| a prompt with, or after, a picture" in done.report
+    assert len(done.rows) == 1 and "a prompt with, or after, a picture" in done.report
 
 
 MADE = [
@@ -400,7 +370,6 @@ ELSEWHERE = {  # the answer is in a document or a picture; its text only says so
     "claude file": claude(retry(b={"content": [{"type": "tool_use", "name": "create_file"}, *PART("It is ready.")]})),
     "webui picture": webui(retry(b={"files": [{"type": "image", "url": "x"}]})),
     "code file": code(retry(b={"message": {"role": "assistant", "content": [{"type": "tool_use", "name": "Write"}, *PART("Done.")]}})),
-    "studio file": studio(retry(b={"steps": [{"type": "contentBlock", "content": [{"type": "file"}, *PART("Here.")]}]})),
 }  # fmt: skip
 
 
@@ -467,7 +436,7 @@ QUEUED = {
     "uuid": "q",
     "parentUuid": "t",
     "type": "attachment",
-    "attachment": {"type": "queued_command", "prompt": "In one line."},
+    "attachment": {"type": "queued_command", "prompt": "Short."},
 }
 REMOVED = {"type": "queue-operation", "operation": "remove", "content": "In one line."}
 TOLD = [("response_item", {"type": "function_call", "name": "sh"}), ("response_item", {"type": "message", "role": "user",
@@ -521,25 +490,6 @@ def test_two_models_at_once(tmp_path):
     assert pairs(run(tmp_path / "5", webui(retry(**rated)[:3]))) == [([Q], BAD, GOOD)]
 
 
-def test_ollama(tmp_path):
-    """Attachments lie in a table of their own; a chat that was deleted is not read."""
-    base = sqlite3.connect(":memory:")
-    base.executescript(
-        "CREATE TABLE chats (id); CREATE TABLE messages (id INTEGER PRIMARY KEY, chat_id, role, content, created_at);"
-        "CREATE TABLE attachments (id, message_id, filename); CREATE TABLE users (name, email)"
-    )
-    for chat, listed in (("plain", True), ("boat", True), ("gone", False)):
-        base.executemany("INSERT INTO chats VALUES (?)", [(chat,)] * listed)
-        for m in LINE:
-            text = m["content"].replace("August", {"boat": "May"}.get(chat, "August"))
-            key = base.execute("INSERT INTO messages VALUES (NULL, ?, ?, ?, 1)", (chat, m["role"], text)).lastrowid
-            if chat == "boat" and text.startswith("Which"):
-                base.execute("INSERT INTO attachments VALUES (1, ?, 'boat.jpg')", (key,))
-    base.commit()
-    done = run(tmp_path, {"db.sqlite": base.serialize()}, "--corrections")
-    assert pairs(done) == [([TALK[0][0]], "July does.", TALK[0][1])] and done.rows[0]["source"] == "ollama"
-
-
 # ---------------------------------------------------------------------------------------------------------- data sets
 
 TURNS = lambda *said: "".join(f"\n\n{name}: {text}" for name, text in zip(("Human", "Assistant") * 2, said))
@@ -549,11 +499,9 @@ ULTRA = {"prompt": Q, "chosen": GOOD, "rejected": BAD, "score_chosen": 8.5, "sco
 NECTAR = {"prompt": TURNS(Q, ""), "answers": [{"answer": BAD, "rank": 2.0}, {"answer": GOOD, "rank": 1.0}]}
 DATA = [  # source, row
     ("trl", {"prompt": Q, "chosen": GOOD, "rejected": BAD}),
-    ("trl", {"chosen": f"{Q} {GOOD}", "rejected": f"{Q} {BAD}"}),
     ("trl", {side: TRL["prompt"] + TRL[side] for side in ("chosen", "rejected")}),
     ("trl", {"messages": TRL["prompt"], "chosen": {"role": "assistant", "content": GOOD}, "rejected": BAD}),
-    ("trl", {"instruction": Q, "chosen": GOOD, "rejected": BAD}),
-    ("hh-rlhf", {"chosen": TURNS(Q, GOOD), "rejected": TURNS(Q, BAD)}),
+    ("trl", {"chosen": TURNS(Q, GOOD), "rejected": TURNS(Q, BAD)}),
     ("shp", SHP), ("shp", SHP | {"labels": 1, "human_ref_A": GOOD, "human_ref_B": BAD}),
     ("webgpt", WEBGPT), ("ultrafeedback", ULTRA), ("nectar", NECTAR),
 ]  # fmt: skip
@@ -567,17 +515,18 @@ def test_data_set(name, row, tmp_path):
 
 
 NO_DATA = [  # row, why it gives no pair
-    (SHP | {"score_ratio": 1.1}, "votes that are nearly equal"),
     (WEBGPT | {"score_0": 0, "score_1": 0}, "several answers, none preferred"),
     (ULTRA | {"score_chosen": 4.0}, "several answers, none preferred"),
-    ({"chosen": TURNS(Q, GOOD, MORE, BYE), "rejected": TURNS(Q, BAD, MORE, BYE)}, "part before the last answer"),
+    ({"chosen": TURNS(Q, GOOD, MORE, BYE), "rejected": TURNS(Q, BAD, MORE, BYE)}, "two conversations that part early"),
     ({"prompt": [{"role": "assistant", "content": Q}], "chosen": GOOD, "rejected": BAD}, "ends in no question"),
     ({"prompt": Q, "chosen": GOOD, "rejected": GOOD}, "equal answers"),
-    ({"message_tree_id": "1", "prompt": {"text": Q, "replies": []}}, "of no known kind, with message_tree_id, prompt"),
-    ({"prompt": Q, "response": GOOD, "helpfulness": 4}, "of no known kind, with prompt, response, helpfulness"),
+    ({"chosen": f"{Q} {GOOD}", "rejected": f"{Q} {BAD}"}, "ends in no question"),
+    ({"instruction": Q, "input": MORE, "chosen": GOOD, "rejected": BAD}, "ends in no question"),
+    ({"message_tree_id": "1", "prompt": {"text": Q, "replies": []}}, "of no known kind: ['message_tree_id', 'prompt']"),
+    ({"prompt": Q, "response": GOOD, "helpfulness": 4}, "of no known kind: ['prompt', 'response', 'helpfulness']"),
     (
         {"conv": {"id": "1"}, "messages": [m | {"parent": None} for m in LINE]},
-        "of no known kind, with role, content, parent",
+        "of no known kind: ['conv', 'messages']",
     ),
 ]
 
@@ -588,16 +537,12 @@ def test_a_row_that_is_left_out_is_counted(row, why, tmp_path):
     assert done.code == 1 and f"1 {why}" in done.text or why in done.text, done.text
 
 
-def test_unpaired_rows_and_histories(tmp_path):
-    """Labels stay, and so do a data set's system prompt and its thoughts."""
-    rows = [{"prompt": Q, "completion": GOOD, "label": True}, {"prompt": MORE, "completion": BAD, "label": False}]
-    talk = [
-        {"role": role, "content": text}
-        for role, text in (("system", "Be brief."), ("user", Q), ("assistant", GOOD), ("user", MORE))
-    ]
-    rows.append({"prompt": talk, "chosen": "<think>a</think>Six.", "rejected": "<think>b</think>Seven, or so."})
-    done = run(tmp_path, {"train.jsonl": rows})
-    assert {(r["completion"][0]["content"], r["label"]) for r in done.unpaired} == {(GOOD, True), (BAD, False)}
+def test_histories_of_data_sets(tmp_path):
+    """Its system prompt and its thoughts stay."""
+    said = (("system", "Be brief."), ("user", Q), ("assistant", GOOD), ("user", MORE))
+    talk = [{"role": role, "content": text} for role, text in said]
+    row = {"prompt": talk, "chosen": "<think>a</think>Six.", "rejected": "<think>b</think>Seven, or so."}
+    done = run(tmp_path, {"train.jsonl": [row]})
     assert pairs(done) == [(["Be brief.", Q, GOOD, MORE], "<think>a</think>Six.", "<think>b</think>Seven, or so.")]
 
 
@@ -616,7 +561,7 @@ def packed(files, how):
 
 
 @pytest.mark.parametrize("how", ["zip", "gz", "zip in zip"])
-@pytest.mark.parametrize("write", [chatgpt, claude, code, codex, hermes])
+@pytest.mark.parametrize("write", [chatgpt, claude, code, codex])
 def test_packed(write, how, tmp_path):
     folder = save(tmp_path / "plain", write(retry()))
     files = packed({str(path.relative_to(folder)): path for path in folder.rglob("*.*") if path.is_file()}, how)
@@ -630,7 +575,7 @@ def test_broken_and_unknown_lines(write, tmp_path):
     """Half a line, a null, a record of next month: all others count, and the report adds them up."""
     [(name, records)] = write(retry()).items()
     lines = [json.dumps(record) for record in records]
-    odd = ["null", "7", "[]", "{}", '{"type": "from-next-month", "payload": {"role": "user"}}', '{"a": ', "\x00}{"]
+    odd = ["null", "7", "[]", "{}", '{"type": "from-next-month", "payload": {"role": "user"}}', '{"a": ']
     done = run(tmp_path, {name: "\n".join([lines[0], *odd, "", *lines[1:], lines[-1][:40]])})
     assert pairs(done) == [([Q], GOOD, BAD)], done.text
     total = int(re.search(r"What became of (\d+) records", done.report)[1])
@@ -639,14 +584,14 @@ def test_broken_and_unknown_lines(write, tmp_path):
 
 @pytest.mark.parametrize("newest_first", [True, False])
 @pytest.mark.parametrize("write, field", [(chatgpt, "update_time"), (webui, "updated_at")])
-def test_of_two_copies_the_newer_one_counts(write, field, newest_first, tmp_path):
+def test_of_two_copies_the_larger_one_counts(write, field, newest_first, tmp_path):
     [(_, [old])], [(_, [new])] = (
         write(retry()).items(),
         write([*retry(), ("n", "a", "user", MORE, {}), ("o", "n", "assistant", BYE, {})]).items(),
     )
     copies = [old, new | {field: 1.7e9 + 500}]
     done = run(tmp_path, {f"{i}/chats.json": [copy] for i, copy in enumerate(copies[:: -1 if newest_first else 1])})
-    assert pairs(done) == [([Q], BAD, GOOD)] and "| another copy of a conversation | 1 |" in done.report
+    assert pairs(done) == [([Q], BAD, GOOD)] and "- 1 another copy of a conversation" in done.report
 
 
 def test_the_reader_in_the_docstring(tmp_path):
