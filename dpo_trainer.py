@@ -198,7 +198,7 @@ def load_pairs(args, tokenizer, source, split, batches=-1):
 # Rows are padded to multiples of PAD; CUDA's fused attention wants 128. A shape is compiled in the time of COMPILE
 # tokens, 0.5 s on an H100; a Mac's tokens take longer, a CPU compiles nothing. SHARE: of the tokens sharing may leave.
 CUDA, METAL = mx.cuda.is_available(), mx.metal.is_available()
-PAD, COMPILE, SHARE = (128, 8000, 0.75) if CUDA else (32, 500, 0.9) if METAL else (8, 0, 0.9)
+PAD, COMPILE, SHARE = (128, 8000, 0.75) if CUDA else (32, 500, 0.9) if METAL else (1, 0, 0.9)
 
 
 class PrefixCache:
@@ -231,8 +231,7 @@ def sorted_batches(pairs, size, share):
         P, R, whole = (-(-x // up) * up for x in longest)
         shared = share & (P + 2 * R <= SHARE * 2 * whole)  # else P is 0, and each row holds the whole prompt
         shapes = [*zip(np.where(shared, P, 0).tolist(), np.where(shared, R, whole).tolist())]
-        cost = size * sum(P + 2 * R for P, R in shapes) + COMPILE * len({*shapes})
-        plans.append((cost, order.tolist(), shapes))
+        plans.append((size * sum(P + 2 * R for P, R in shapes) + COMPILE * len({*shapes}), order.tolist(), shapes))
     _, order, shapes = min(plans)
     return [([pairs[i] for i in order[start : start + size]], shape) for start, shape in zip(starts, shapes)]
 
@@ -339,10 +338,12 @@ def trainable_parameters(model, args):
         lora.linear_to_lora_layers(model, args.num_layers, args.lora_parameters, args.fine_tune_type == "dora")
     if args.fine_tune_type == "lora":  # float32 adapters would make every activation float32; DoRA's norms need it
         model.update(tree_map(lambda w: w.astype(dtype), model.trainable_parameters()))
-    for module in model.modules():  # SwiGLU's product is computed again in the backward pass, not kept
+    for module in model.modules():
         home = sys.modules[type(module).__module__]
-        if hasattr(home, "swiglu"):
+        if hasattr(home, "swiglu"):  # its product is computed again in the backward pass, not kept
             home.swiglu = mx.checkpoint(lambda gate, x: nn.silu(gate) * x)
+        if type(module) in (nn.Linear, nn.Embedding) and not (CUDA or METAL):
+            module.weight = mx.pad(module.weight, (0, 1))[:-1, :-1]  # mlx copies what has gaps: BLAS is slow transposed
     for layer in model.layers if args.grad_checkpoint else []:
         layer.__class__ = type("Checkpointed", (Checkpointed, type(layer)), {"plain": type(layer).__call__})
     trained = dict(tree_flatten(model.trainable_parameters()))
@@ -419,7 +420,8 @@ def evaluate(model, params, initial, batches, args, objective):
     for pairs, shape in tqdm(batches, "measuring", leave=False, disable=None):
         own = pairs[world.rank() :: world.size()]
         batch = make_batch(own or pairs[:1], shape)
-        (logps, now), (_, then) = (answer_logps(install(vector, model), batch) for vector in (params, initial))
+        logps, now = answer_logps(install(params, model), batch)
+        then = now if params is initial else answer_logps(install(initial, model), batch)[1]
         rows = zip(*([nn.log_softmax(row.astype(mx.float32)) for row in logits] for logits in (now, then)))
         kl = mx.stack([nn.losses.kl_div_loss(q, p, reduction="none") for p, q in rows]) * batch["mask"]  # (2B, R)
         kl, tokens = (x.sum(-1).reshape(2, -1).sum(0) for x in (kl, batch["mask"]))

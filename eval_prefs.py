@@ -195,7 +195,7 @@ def load_data(args, tokenizer):
 # Rows are padded to multiples of PAD; CUDA's fused attention wants 128. A shape is compiled in the time of COMPILE
 # tokens, 0.5 s on an H100; a Mac's tokens take longer, a CPU compiles nothing. SHARE: of the tokens sharing may leave.
 CUDA, METAL = mx.cuda.is_available(), mx.metal.is_available()
-PAD, COMPILE, SHARE = (128, 8000, 0.75) if CUDA else (32, 500, 0.9) if METAL else (8, 0, 0.9)
+PAD, COMPILE, SHARE = (128, 8000, 0.75) if CUDA else (32, 500, 0.9) if METAL else (1, 0, 0.9)
 
 
 class PrefixCache:
@@ -228,8 +228,7 @@ def sorted_batches(pairs, size, share):
         P, R, whole = (-(-x // up) * up for x in longest)
         shared = share & (P + 2 * R <= SHARE * 2 * whole)  # else P is 0, and each row holds the whole prompt
         shapes = [*zip(np.where(shared, P, 0).tolist(), np.where(shared, R, whole).tolist())]
-        cost = size * sum(P + 2 * R for P, R in shapes) + COMPILE * len({*shapes})
-        plans.append((cost, order.tolist(), shapes))
+        plans.append((size * sum(P + 2 * R for P, R in shapes) + COMPILE * len({*shapes}), order.tolist(), shapes))
     _, order, shapes = min(plans)
     return [([pairs[i] for i in order[start : start + size]], shape) for start, shape in zip(starts, shapes)]
 
