@@ -147,7 +147,7 @@ def test_the_demo(tmp_path, script, monkeypatch):
 
     Of the greedy answers to the 100 held-out prompts 29 are helpful before it.
     """
-    shown = run_script("--data", "data/pairs.jsonl", script=f"{script}.py", cwd=tmp_path)
+    shown = run_script("--data", "data/pairs.jsonl", "--test", script=f"{script}.py", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     [folder] = tmp_path.iterdir()
     first, last = records(folder)[0], records(folder)[-1]
