@@ -68,7 +68,7 @@ def parse_args(words):
 
 # ------------------------------------------------------------------------------------------------------------- words
 # names of fields that hold a message's text, or the blocks that do
-FIELDS = ("output", "content", "value", "text", "transcript", "parts", "refusal", "markdown", "message")
+FIELDS = ("output", "content", "value", "text", "transcript", "parts", "refusal", "markdown", "message", "steps")
 # kinds of blocks: neither said nor done; calls of tools; files, also as names of fields; tools that make files
 SILENT = re.compile("(?i)think|thought|reason|debug|status")
 CALL = re.compile("(?i)tool|call|function|code|command")
@@ -157,7 +157,7 @@ def pieces(content):
         block = block if isinstance(block, dict) else {"text": block}
         kind, inner = str(first_of(block, "type", "content_type") or "text"), first_of(block, *FIELDS)
         sound = heard and "audio" in kind and "transcri" not in kind and not block.get("frames_asset_pointers")
-        if SILENT.search(kind) or sound and not inner:  # the words of a sound stand beside it
+        if SILENT.search(kind + str(block.get("style"))) or sound and not inner:  # the words of a sound stand beside it
             continue
         if CALL.search(kind) or "<tool_call>" in str(inner):
             yield "call", str(first_of(block, "name", "function_name") or part(block, "function").get("name"))
@@ -214,6 +214,7 @@ class Chat:
         content = next((content for content in contents if spoken(content, role, words)[0]), contents)
         text, call, made, beside = spoken(content, role, words)
         ends = [str(m.get(name)) for name in ("stop_reason", "finish_reason", "status", "type")]
+        ends += re.findall(r"'stopReason': '(\w+)'", str(m.get("steps")))
         cut = m.get("truncated") or m.get("error") or m.get("done") is False or any(map(STOPPED.search, ends))
         state = state or ("cut" if cut else "call" if call or called else "")
         if beside or lies_beside(m) or made and not self.agent:
@@ -339,11 +340,15 @@ def read_open_webui(chat, r):
 @reads("timmy", lambda r: "timestamp" in r and r.get("type") in ("message", "tool_call"), log=True, agent=True)
 @reads("hermes", lambda r: {"role", "content"} <= r.keys() and not r.keys() & {"id", "type"}, log=True, agent=True)
 @reads("hermes", has("conversations", "completed"), agent=True)
+@reads("lm-studio", lambda r: any("versions" in m for m in items(r.get("messages"))))
 @reads("claude", lambda r: isinstance(r.get("chat_messages"), list))
 def read_talk(chat, r):
     chat.key, chat.leaf, bar = r.get("uuid"), r.get("current_leaf_message_uuid"), BESIDE if lies_beside(r) else ""
     for m in items(first_of(r, "chat_messages", "conversations", "messages")) or [r]:
-        chat.add(m, m.get("uuid"), m.get("parent_message_uuid") or False, bar=bar)
+        before, versions = chat.last, items(m.get("versions")) or [m]
+        bar = bar or ("a prompt that was edited" if len(versions) > 1 and versions[0].get("role") == "user" else "")
+        for _, version in sorted(enumerate(versions), key=lambda place: place[0] == m.get("currentlySelected")):
+            chat.add(version, m.get("uuid"), m.get("parent_message_uuid") or before, bar=bar)  # shown: the last one
 
 
 # source; its two answers' columns, or those that hold one or several; the prompt's: the first that is there; the scores
@@ -393,8 +398,6 @@ for source, columns, prompts, scores in ROWS:
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
-
-
 def open_members(name, stream, depth=0):
     """Yield (name, stream) of a file, or of each file in an archive; raise ValueError of one that is not to be read."""
     head, _ = stream.read(4), stream.seek(0)
@@ -551,7 +554,6 @@ class Turns:
 
 def compare_answers(answers, turns):
     """Yield (signal, share of its weight, chosen, rejected): of a prompt's answers the best against each worse one."""
-
     place = lambda a: (a["choice"] or 0, a["rating"], a["key"] in turns.active, a["key"] in turns.after, a["order"])
     best, *rest = sorted(answers, key=place, reverse=True)
     choice, up, shown, gone_on, late = place(best)
@@ -596,8 +598,8 @@ def make_row(turns, history, prompt, signal, share, chosen, rejected):
     messages += [{"role": "system", "content": turns.chat.system}] if turns.chat.system else []
     good, bad = ([{"role": "assistant", "content": side["text"]}] for side in (chosen, rejected))
     row = {"prompt": messages[::-1], "chosen": good, "rejected": bad, "signal": signal}
-    weight = round(WEIGHTS[signal] * share, 3)
-    return row | {"weight": weight, "source": turns.chat.source, "conversation_id": turns.chat.key}
+    row["weight"] = round(WEIGHTS[signal] * share, 3)
+    return row | {"source": turns.chat.source, "conversation_id": turns.chat.key}
 
 
 def make_rows(chats, args):
@@ -622,6 +624,8 @@ SECRET \b(?:sk|gsk|xai|pplx|r8|hf|gh[pousr]|github_pat|glpat|npm|pypi|dop_v1|xox
 SECRET \b(?:AIza|AKIA|ASIA|SG\.|AGE-SECRET-KEY|\d{8,10}:A|SK[0-9a-f]{4}|eyJ[\w-]+\.e)[\w.-]{12,}|hooks\.slack\.com/\S+
 SECRET ://[^\s:/@]{0,99}:([^\s@/]{1,99})@
 SECRET (?i)NAMED[\w.-]{0,30}[\"']?\s*(?:[:=]|is\s(?=\S*\d))\s*[\"']?(?:(?:bearer|basic)\s+)?(?!FAKE)([^\s\"'&,;)]{8,})
+CARD \b(?:4\d\d|5[1-5]\d|2[2-7]\d|3[47]\d|6[05]\d)\d(?:[ -]?\d{4}){2}[ -]?\d{3,4}\b
+IBAN \b[A-Z]{2}\d\d(?: ?[A-Z]{4})?(?: ?\d{4}){2,7}(?: ?\d{1,4}|[A-Z0-9]{1,4}){0,4}\b
 EMAIL \b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,4}\.[A-Za-z]{2,24}\b
 HOME (?:(?<![\w.])/(?:home|Users)/|[A-Za-z]:[\\/]{1,2}Users[\\/]{1,2})([^/\\\s\"':]+)
 IP \b(?:\d{1,3}\.){3}\d{1,3}\b|\b(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}\b
@@ -633,14 +637,13 @@ PRIVATE = [line.replace("NAMED", NAMED).replace("FAKE", FAKE).split(" ", 1) for 
 
 def redact(row, marks, counts):
     """Put marks in the place of what is private in a row; marks: {kind: {value: its number}}; counts: of places."""
-    messages = [m for value in row.values() for m in items(value)]
 
     def mark(kind, found):
         value = found.group(found.re.groups)
         counts[kind] += 1
         return found.group().replace(value, f"[{kind}_{marks[kind].setdefault(value, len(marks[kind]) + 1)}]")
 
-    for message in messages:
+    for message in [m for value in row.values() for m in items(value)]:
         for kind, pattern in PRIVATE:
             message["content"] = re.sub(pattern, partial(mark, kind), message["content"])
 
@@ -671,8 +674,6 @@ def select_pairs(rows, reasons):
 
 
 # --------------------------------------------------------------------------------------------------------------- main
-
-
 def main():
     args, chats = parse_args(sys.argv[1:]), Chats()
     own = re.compile(rf"{re.escape(str(args.out.parent.resolve() / args.out.name))}(-\d+)?/")  # earlier outputs
@@ -707,17 +708,13 @@ def main():
     start = {row["conversation_id"]: next(m["content"] for m in row["prompt"] if m["role"] == "user") for row in rows}
     order = random.Random(0).sample(sorted({*start.values()}), len({*start.values()}))
     held = int(HELD_OUT * len(order))
-    place = dict.fromkeys(order, "train") | dict.fromkeys(order[:held], "test")
-    place |= dict.fromkeys(order[held : 2 * held], "valid")
-    parts = {
-        name: [r for r in rows if place[start[r["conversation_id"]]] == name] for name in ("train", "valid", "test")
-    }
+    prompts = {"train": {*order[2 * held :]}, "valid": {*order[held : 2 * held]}, "test": {*order[:held]}}
+    parts = {name: [r for r in rows if start[r["conversation_id"]] in prompts[name]] for name in prompts}
     tables = {"Pairs": Counter(f"{row['source']}, {row['signal']}" for row in rows), "Redacted": counts}
     tables |= {f"What became of {total} records": chats.fates, "Prompts and pairs that were left out": left_out}
     report = f"# {len(rows)} pairs: {', '.join(f'{name} {len(part)}' for name, part in parts.items())}\n"
     for title, counter in tables.items():
-        lines = [f"- {number} {what}\n" for what, number in counter.most_common() if number]
-        report += f"\n## {title}\n\n{''.join(lines)}"
+        report += f"\n## {title}\n\n" + "".join(f"- {n} {what}\n" for what, n in counter.most_common() if n)
     if not args.dry_run:
         folder = args.out.with_name(f"unfinished-{args.out.name}")  # under another name until all is there
         folder.mkdir(parents=True, exist_ok=True)

@@ -56,8 +56,7 @@ def outcome(script, words, before=()):
     """Train in this process after another run, if any; return what came of it but the options as they are saved."""
     module, seen = importlib.import_module(script), {"told": [], "saves": [], "layers": [], "remote": []}
     wandb = types.SimpleNamespace(
-        init=lambda **given: seen["told"].append(given["project"]),
-        log=lambda row, step: seen["told"].append(step),
+        init=lambda **given: seen["told"].append(given["project"]), log=lambda row, step: seen["told"].append(step)
     )
 
     def load(name, config):

@@ -21,11 +21,8 @@ from conftest import ROOT
 
 import build_dpo_pairs as build
 
-Q, BAD, GOOD = (
-    "Which pier does the ferry leave from?",
-    "From the old fish market.",
-    "The north pier, by the lighthouse.",
-)
+Q = "Which pier does the ferry leave from?"
+BAD, GOOD = "From the old fish market.", "The north pier, by the lighthouse."
 MORE, BYE, SECRET = "Lovely, and when does it come back?", "At six in the evening.", "Quokkafish"
 SENTINEL = "00000000-0000-4000-8000-000000000000"
 Done = namedtuple("Done", "code text rows report")
@@ -174,7 +171,28 @@ def hermes(nodes):
     return {"state.db": base.serialize()}
 
 
-WRITERS = [chatgpt, claude, webui, code, codex, hermes]
+def studio(nodes):
+    """Write an LM Studio conversation: a list of turns, each with its versions; what follows them is of all."""
+    parents, shown, level, turns = {node[0]: node[1] for node in nodes}, {nodes[-1][0]}, [None], []
+    while {parents[key] for key in shown} - {None} - shown:
+        shown |= {parents[key] for key in shown} - {None}
+    while found := [node for node in nodes if node[1] in level]:
+        versions = []
+        for key, _, role, text, more in found:
+            block = lambda text, **facts: {"type": "contentBlock", "content": [{"type": "text", "text": text}]} | facts
+            steps = [block(SECRET, style={"type": "thinking", "ended": True}), {"type": "status", "text": SECRET}]
+            steps += [
+                block(text, genInfo={"stats": {"stopReason": "eosFound"}}),
+                {"type": "debugInfoBlock", "debugInfo": SECRET},
+            ]
+            said = {"content": [{"type": "text", "text": text}]} if role == "user" else {"steps": steps}
+            versions.append({"type": "singleStep", "role": role, **said} | more)
+        turns.append({"versions": versions, "currentlySelected": [node[0] in shown for node in found].index(True)})
+        level = [node[0] for node in found]
+    return {"1.conversation.json": {"name": SECRET, "createdAt": 1.7e12, "systemPrompt": SECRET, "messages": turns}}
+
+
+WRITERS = [chatgpt, claude, webui, code, codex, hermes, studio]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -183,7 +201,7 @@ def test_a_question_answered_again(write, tmp_path):
     files = write(retry())
     done = run(tmp_path, files)
     assert pairs(done) == [([Q], GOOD, BAD)], done.text
-    names = {chatgpt: "chatgpt", claude: "claude", webui: "open-webui", code: "claude-code"}
+    names = {chatgpt: "chatgpt", claude: "claude", webui: "open-webui", code: "claude-code", studio: "lm-studio"}
     row = done.rows[0]
     assert (row["signal"], row["weight"], row["source"]) == ("regenerate", 0.7, names.get(write, write.__name__))
     assert SECRET not in done.text + done.report and save(tmp_path / "same", files)
@@ -198,14 +216,28 @@ def test_an_edited_question_gives_no_pair(write, tmp_path):
     nodes = retry()
     nodes[2:3] = [("v", None, "user", "How do I keep basil alive?", {}), ("b", "v", "assistant", GOOD, {})]
     done = run(tmp_path, write(nodes))
-    assert done.code == 1 and not done.rows and "one answer, no other to compare" in done.text
+    why = "a prompt that was edited" if write is studio else "one answer, no other to compare"
+    assert done.code == 1 and not done.rows and why in done.text
+
+
+def test_versions_of_an_answer(tmp_path):
+    """The one on show may be the older one, or be out of range; one that was stopped, or is a file, is none."""
+    older = [*retry()[:1], *retry()[2:0:-1], *retry()[3:]]
+    assert pairs(run(tmp_path / "0", studio(older))) == [([Q], GOOD, BAD)]
+    files = studio(retry()[:3])
+    files["1.conversation.json"]["messages"][1]["currentlySelected"] = 7
+    done = run(tmp_path / "1", files)
+    assert pairs(done) == [([Q], GOOD, BAD)] and done.rows[0]["weight"] == 0.35
+    for i, reason in enumerate(("userStopped", "maxPredictedTokensReached", "failed")):
+        steps = [{"type": "contentBlock", "content": PART(BAD), "genInfo": {"stats": {"stopReason": reason}}}]
+        assert run(tmp_path / reason, studio(retry(a={"steps": steps}))).code == 1
+    done = run(tmp_path / "2", studio(retry(u={"content": [{"type": "file", "name": "a.pdf"}, *PART(Q)]})))
+    assert done.code == 1 and "a prompt with, or after, a picture" in done.text
 
 
 TALK = [("Which month comes before August?", "September comes before August.")]
-TALK += [
-    ("No, that's wrong. Which month comes before August?", "Sorry, my mistake. July does."),
-    ("Thanks!", "Welcome."),
-]
+TALK += [("No, that's wrong. Which month comes before August?", "Sorry, my mistake. July does.")]
+TALK += [("Thanks!", "Welcome.")]
 LINE = [{"role": role, "content": text} for turn in TALK for role, text in zip(("user", "assistant"), turn)]
 SHARE = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in LINE]
 TIMMY = [{**m, "type": "message", "timestamp": "2026-05-02T10:00:00"} for m in LINE]
@@ -221,6 +253,7 @@ LINES = {
     "hermes export": {"e.jsonl": [{"id": "s", "source": "cli", "started_at": 1.0, "messages": LINE}]},
     "claude": {"old.json": [{"uuid": "c", "chat_messages": [{"sender": m["role"], "text": m["content"]} for m in LINE]}]},
     "claude-code": code(CHAIN), "codex": codex(CHAIN), "chatgpt": chatgpt(CHAIN), "open-webui": webui(CHAIN),
+    "lm-studio": studio(CHAIN),
 }  # fmt: skip
 
 
@@ -272,10 +305,8 @@ CALLED += [
 VOICE = lambda text: {"content": {"content_type": "multimodal_text", "parts": [
     {"content_type": "audio_transcription", "text": text, "direction": "in"},
     {"content_type": "real_time_user_audio_video_asset_pointer", "frames_asset_pointers": []}]}}  # fmt: skip
-OUTPUT = lambda text: {
-    "content": "",
-    "output": [*CALLED, {"type": "message", "content": [{"type": "output_text", "text": text}]}],
-}
+ANSWER = lambda text: {"type": "message", "content": [{"type": "output_text", "text": text}]}
+OUTPUT = lambda text: {"content": "", "output": [*CALLED, ANSWER(text)]}
 TRL = {"prompt": [{"role": "user", "content": PART(Q)}]}
 TRL |= {side: [{"role": "assistant", "content": PART(text)}] for side, text in (("chosen", GOOD), ("rejected", BAD))}
 TEXT_IN_BLOCKS = {  # where programs keep the text of a message
@@ -307,12 +338,8 @@ def test_text_in_blocks(name, tmp_path):
 
 
 USER = lambda *blocks: {"message": {"role": "user", "content": [*blocks, *PART(Q)]}}
-ATTACHED = {
-    "type": "attachment",
-    "attachment": {"type": "file", "filename": "lease.pdf"},
-    "uuid": "f",
-    "parentUuid": "u2",
-}
+ATTACHED = {"type": "attachment", "attachment": {"type": "file", "filename": "lease.pdf"}}
+ATTACHED |= {"uuid": "f", "parentUuid": "u2"}
 BESIDE = {  # a picture, a file, a voice that came with the question
     "chatgpt file": chatgpt(retry(u={"metadata": {"attachments": [{"name": "lease.pdf"}]}})),
     "chatgpt picture": chatgpt(retry(u={"content": {"content_type": "multimodal_text", "parts": [
@@ -524,10 +551,7 @@ NO_DATA = [  # row, why it gives no pair
     ({"instruction": Q, "input": MORE, "chosen": GOOD, "rejected": BAD}, "ends in no question"),
     ({"message_tree_id": "1", "prompt": {"text": Q, "replies": []}}, "of no known kind: ['message_tree_id', 'prompt']"),
     ({"prompt": Q, "response": GOOD, "helpfulness": 4}, "of no known kind: ['prompt', 'response', 'helpfulness']"),
-    (
-        {"conv": {"id": "1"}, "messages": [m | {"parent": None} for m in LINE]},
-        "of no known kind: ['conv', 'messages']",
-    ),
+    ({"conv": {"id": "1"}, "messages": [m | {"parent": None} for m in LINE]}, "of no known kind: ['conv', 'messages']"),
 ]
 
 
