@@ -184,7 +184,7 @@ def load_data(args, tokenizer):
             known |= {"chosen_tokens": len(ids[1]), "rejected_tokens": len(ids[2])}
             pairs.append({**known, "prompt": ids[0], "chosen": ids[1], "rejected": ids[2]})
             shortened, cut = shortened + (start > first), cut + ids[3]
-    print(f"{len(pairs)} of {len(rows)} pairs (others: too long, equal answers), {shortened} less old turns")
+    print(f"{len(pairs)} of {len(rows)} pairs (others: too long, equal answers), {shortened} lost old turns")
     if cut:
         print(f"warning: the chat template leaves a part of {cut} answers out, as thoughts: it is not scored")
     return pairs or sys.exit(f"{path}: no pair is left: raise --max-seq-length, or bring other data")

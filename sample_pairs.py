@@ -10,7 +10,7 @@ Make preference pairs of a model's own answers: rejected ones to good answers, o
         --adapter-path adapters --samples 4 --judge http://localhost:11434/v1 --judge-model qwen3:32b
 
 The first: chosen is the row's own answer, rejected the model's. The second: a judge compares every two answers to a
-prompt in both orders; where both agree there is a pair. Reads the trainers' rows, also without answers, unpaired.jsonl.
+prompt in both orders; where both agree there is a pair. Reads the trainers' rows, also without answers, and KTO's.
 Writes OUT/train, valid and test.jsonl, split by prompt, or a file. OUT.done.jsonl keeps what is answered: after a kill
 the same command goes on. A server's key is read from OPENAI_API_KEY. Own ranking: edit reward, give --judge reward.
 """

@@ -187,7 +187,7 @@ def load_pairs(args, tokenizer, source, split, batches=-1):
         if fits(ids) and ids[1] != ids[2]:
             pairs.append({**pair, "asked": json.dumps(turns), "prompt": ids[0], "chosen": ids[1], "rejected": ids[2]})
             shortened, cut = shortened + (start > first), cut + ids[3]
-    print(f"{split}: {len(pairs)} of {len(rows)} pairs (others: too long, equal answers), {shortened} less old turns")
+    print(f"{split}: {len(pairs)} of {len(rows)} pairs (others: too long, equal answers), {shortened} lost old turns")
     if cut:
         print(f"warning: the chat template leaves a part of {cut} answers out, as thoughts: it is not trained on")
     return pairs[: batches * args.batch_size if batches > 0 else None]

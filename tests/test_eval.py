@@ -337,7 +337,7 @@ def test_old_turns_go_blank_lines_do_not_count_and_lost_thoughts_are_said(place,
     data = write_rows(tmp_path / "long.jsonl", [{**rows[1], "messages": long}, rows[2], rows[1]])
     data.write_text("\n" + data.read_text())
     found = evaluate("--max-seq-length 200", data=data)
-    assert "2 of 3 pairs (others: too long, equal answers), 1 less old turns" in found.printed
+    assert "2 of 3 pairs (others: too long, equal answers), 1 lost old turns" in found.printed
     assert [record["place"][-2:] for record in found.records] == [":2", ":4"]
     np.testing.assert_allclose(*(scores_of([record], "base") for record in found.records), atol=1e-4)
     cut = "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}"

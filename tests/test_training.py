@@ -152,8 +152,7 @@ def test_the_demo(tmp_path, script, monkeypatch):
     [folder] = tmp_path.iterdir()
     first, last = records(folder)[0], records(folder)[-1]
     assert (first["split"], first["step"], first["kl"], last["split"]) == ("valid", 0, 0, "test")
-    assert last["rewards/accuracies"] >= (0.95 if script == "dpo_trainer" else 0.9), last
-    assert 0 < last["kl"] < (0.05 if script == "dpo_trainer" else 1), last
+    assert last["rewards/accuracies"] >= 0.95 and 0 < last["kl"] < (0.05 if script == "dpo_trainer" else 0.3), last
     assert script != "dpo_trainer" or abs(first["loss"] - 0.6931) < 1e-3
     monkeypatch.syspath_prepend(ROOT / "data")
     import make_tiny_chat as world
@@ -163,7 +162,7 @@ def test_the_demo(tmp_path, script, monkeypatch):
     rows = [json.loads(line) for line in (ROOT / "data" / "test.jsonl").read_text().splitlines()]
     prompts = [tokenizer.apply_chat_template(world.prompt_messages(row), add_generation_prompt=True) for row in rows]
     texts = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=80).texts
-    assert Counter(map(world.manner, texts))["helpful"] >= (90 if script == "dpo_trainer" else 85)
+    assert Counter(map(world.manner, texts))["helpful"] >= 90
 
 
 # ------------------------------------------------------------------------------------------------------------ the pairs
