@@ -714,7 +714,7 @@ def main():
     tables |= {f"What became of {total} records": chats.fates, "Prompts and pairs that were left out": left_out}
     report = f"# {len(rows)} pairs: {', '.join(f'{name} {len(part)}' for name, part in parts.items())}\n"
     for title, counter in tables.items():
-        report += f"\n## {title}\n\n" + "".join(f"- {n} {what}\n" for what, n in counter.most_common() if n)
+        report += f"\n## {title}\n\n" + ("".join(f"- {n} {why}\n" for why, n in counter.most_common() if n) or "none\n")
     if not args.dry_run:
         folder = args.out.with_name(f"unfinished-{args.out.name}")  # under another name until all is there
         folder.mkdir(parents=True, exist_ok=True)
