@@ -168,12 +168,13 @@ def load_pairs(args, tokenizer, source, split, batches=-1):
     path = path / f"{split}.jsonl" if path.is_dir() else path
     with blame(path, "give a .jsonl file, a folder with train.jsonl, or a hub dataset, NAME or NAME:SPLIT"):
         if path.exists() or path.suffix in (".jsonl", ".json", ".csv"):
-            rows = path.read_bytes().splitlines()
+            rows = path.read_bytes().rstrip().splitlines()
             need(rows and rows[0].strip().endswith(b"}"), "empty, array or CSV, no JSON lines: write one object a line")
         else:
             from datasets import load_dataset
 
-            rows = load_dataset(source.split(":")[0], split=source.split(":")[1] if ":" in source else split)
+            name, _, part = source.partition(":")
+            rows = load_dataset(name, split=(split == "train" and part) or args.hf_dataset.get(f"{split}_split", split))
     for number, row in enumerate(tqdm(rows, f"reading {split}", leave=False, disable=None), 1):
         with blame(f"{path}:{number}", "mend or delete the row"):
             pair = read_pair(json.loads(row) if isinstance(row, bytes) else row, args)
@@ -330,7 +331,7 @@ def trainable_parameters(model, args):
     """Freeze the model but for new LoRA or DoRA layers, or whole ones; return what is trained as one float32 vector."""
     mx.random.seed(args.seed)
     model.freeze()
-    dtype = max((w for _, w in tree_flatten(model.parameters()) if w.dtype != mx.uint32), key=lambda w: w.size).dtype
+    dtype = max((w for _, w in tree_flatten(model.parameters()) if "float" in str(w.dtype)), key=lambda w: w.size).dtype
     if args.fine_tune_type == "full":
         for layer in model.layers[-max(args.num_layers, 0) :]:
             layer.unfreeze()
@@ -349,7 +350,8 @@ def trainable_parameters(model, args):
     trained = dict(tree_flatten(model.trainable_parameters()))
     need(trained and mx.uint32 not in {w.dtype for w in trained.values()}, "there is nothing in it to train so")
     saved = mx.load(args.resume_adapter_file) if args.resume_adapter_file else trained
-    need(saved.keys() == trained.keys(), "--resume-adapter-file has other layers: see its adapter_config.json")
+    alike = {name: w.shape for name, w in saved.items()} == {name: w.shape for name, w in trained.items()}
+    need(alike, "--resume-adapter-file has other layers or another rank: see its adapter_config.json")
     return mx.concatenate([saved[name].flatten().astype(mx.float32) for name in trained])
 
 
@@ -400,7 +402,7 @@ def can_share(model, pairs):
 def add_reference(model, batches):
     """Give each pair "ref_logps", its answers' log-probabilities under the model; raise where they are no numbers."""
     for pairs, shape in tqdm(batches, "reference", leave=False, disable=None):
-        logps = answer_logps(model, make_batch(pairs, shape))[0].reshape(2, -1).T.tolist()
+        logps = answer_logps(model.eval(), make_batch(pairs, shape))[0].reshape(2, -1).T.tolist()
         need(np.isfinite(logps).all(), "its log-probabilities are no numbers, as where float16 overflows")
         for pair, row in zip(pairs, logps):
             pair["ref_logps"] = row
@@ -416,12 +418,11 @@ def mean_metrics(found):
 def evaluate(model, params, initial, batches, args, objective):
     """Return the mean over the pairs of each metric, and of the exact KL(policy || initial policy) in nats a token."""
     found, world = [], mx.distributed.init()
-    model.eval()
     for pairs, shape in tqdm(batches, "measuring", leave=False, disable=None):
         own = pairs[world.rank() :: world.size()]
         batch = make_batch(own or pairs[:1], shape)
-        logps, now = answer_logps(install(params, model), batch)
-        then = now if params is initial else answer_logps(install(initial, model), batch)[1]
+        logps, now = answer_logps(install(params, model).eval(), batch)
+        then = now if params is initial else answer_logps(install(initial, model).eval(), batch)[1]
         rows = zip(*([nn.log_softmax(row.astype(mx.float32)) for row in logits] for logits in (now, then)))
         kl = mx.stack([nn.losses.kl_div_loss(q, p, reduction="none") for p, q in rows]) * batch["mask"]  # (2B, R)
         kl, tokens = (x.sum(-1).reshape(2, -1).sum(0) for x in (kl, batch["mask"]))
@@ -433,7 +434,7 @@ def evaluate(model, params, initial, batches, args, objective):
 
 def make_optimizer(args, updates):
     """Return the optimizer; its rate rises for warmup_steps, or a tenth of all, and falls as lr_schedule says."""
-    warmup = args.lr_schedule.get("warmup_steps", updates // 10)
+    warmup = args.lr_schedule.get("warmup_steps", args.lr_schedule.get("warmup", updates // 10))
 
     def rate(step):  # step: an array, the updates done
         done = mx.clip((step.astype(mx.float32) - warmup) / max(updates - warmup, 1), 0, 1)  # step is unsigned
@@ -451,17 +452,18 @@ def train(model, initial, splits, args, objective, stop=()):
     folder, world, size = Path(args.adapter_path), mx.distributed.init(), args.grad_accumulation_steps
     params, done, found = initial, 0, []
     per_epoch = -(-len(splits["train"]) // size)
-    updates = args.iters or args.epochs * per_epoch
+    updates = int(args.iters or args.epochs * per_epoch)
     optimizer, checkpoint = make_optimizer(args, updates), folder / "checkpoint.safetensors"
-    free = "resume iters epochs adapter_path save_every steps_per_report steps_per_eval report_to project_name config"
+    free = "resume iters epochs adapter_path save_every steps_per_report steps_per_eval report_to config test"
     options = {name: value for name, value in vars(args).items() if name not in free.split()}
-    run = hashlib.sha256(json.dumps([options, splits["train"]]).encode()).hexdigest()
+    rows = [[{**pair, "ref_logps": None} for pair in pairs] for pairs, _ in splits["train"]]  # these differ by machine
+    run = hashlib.sha256(json.dumps([options, rows]).encode()).hexdigest()
     if args.resume:
         with blame(checkpoint, "resume with that run's command, or leave out --resume"):
             arrays, facts = mx.load(str(checkpoint), return_metadata=True)
             need(facts["run"] == run, "it is of other options or pairs")
             (params, optimizer.state), done = tree_unflatten([*arrays.items()]), int(facts["step"])
-    with blame("--report-to", "mend that, or report to none"):
+    with blame("--report-to", "mend that, or leave it out"):
         callback = lora.get_reporting_callbacks(args.report_to, args.project_name, str(folder), vars(args))
 
     def report(step, split, metrics):
@@ -473,7 +475,7 @@ def train(model, initial, splits, args, objective, stop=()):
             callback.on_train_loss_report({"iteration": step, **{f"{split}/{key}": metrics[key] for key in metrics}})
 
     def batch_loss(params, batch):
-        metrics = objective(answer_logps(install(params, model), batch)[0], batch, args)
+        metrics = objective(answer_logps(install(params, model).train(), batch)[0], batch, args)
         return metrics["loss"].sum(), metrics
 
     gradient = mx.compile(mx.value_and_grad(batch_loss), inputs=mx.random.state, outputs=mx.random.state)
@@ -484,7 +486,6 @@ def train(model, initial, splits, args, objective, stop=()):
         order = np.random.default_rng([args.seed, epoch]).permutation(len(splits["train"]))  # every pair once an epoch
         batches, sums = [splits["train"][i] for i in order[first : first + size]], mx.zeros_like(params)
         mx.random.seed(args.seed * 10**6 + step)  # of dropout, so that a resumed run draws the same
-        model.train()
         for pairs, shape in batches:
             own = pairs[world.rank() :: world.size()]  # none where a last batch has fewer pairs than processes
             (_, metrics), gradients = gradient(params, make_batch(own or [{**pairs[0], "weight": 0.0}], shape))
@@ -509,8 +510,8 @@ def train(model, initial, splits, args, objective, stop=()):
         if stops:
             sys.exit(f"interrupted, saved at step {step} of {updates}: go on with the same command and --resume")
     for name in [*splits][1:]:
-        report(updates, name, now := evaluate(model, params, initial, splits[name], args, objective))
-        print(f"{name}: the better answer wins in {now['rewards/accuracies']:.1%} of the pairs; kl {now['kl']:.3f}")
+        report(max(done, updates), name, now := evaluate(model, params, initial, splits[name], args, objective))
+        print(f"{name}: the better answer is ahead in {now['rewards/accuracies']:.1%} of the pairs; kl {now['kl']:.3f}")
         if now["kl"] > 1:
             print("warning: kl is above 1: answers may be broken: lower --learning-rate")
     return params
@@ -547,17 +548,21 @@ def main():
     maybe_set_recommended_wired_limit()
     model, tokenizer = load_model(args.model, args)
     splits = {"train": load_pairs(args, tokenizer, args.data, "train")}
-    if Path(args.data, "valid.jsonl").exists():
+    if Path(args.data, "valid.jsonl").exists() or args.hf_dataset.get("valid_split"):
         splits["valid"] = load_pairs(args, tokenizer, args.data, "valid", args.val_batches)
     else:  # by prompt: none is on both sides
-        prompts = sorted({pair["asked"] for pair in splits["train"]})
-        order = np.random.default_rng(args.seed).permutation(len(prompts))
-        held_out = {prompts[i] for i in order[: min(-(-len(prompts) // 10), 200)]}
+        prompts = np.array(sorted({pair["asked"] for pair in splits["train"]}), object)
+        held_out = {*np.random.default_rng(args.seed).permutation(prompts)[: min(-(-len(prompts) // 10), 200)]}
         splits["valid"] = [pair for pair in splits["train"] if pair["asked"] in held_out]
         splits["train"] = [pair for pair in splits["train"] if pair["asked"] not in held_out]
     if args.test:
         source = Path(args.data).parent if Path(args.data).is_file() else args.data
         splits["test"] = load_pairs(args, tokenizer, source, "test", args.test_batches)
+    with blame(f"{args.model}, {args.data}", "no training with these options"):
+        need(all(splits.values()), "no pair is left to train on, or to measure")
+        share = can_share(model, sum(splits.values(), []))
+        splits = {name: sorted_batches(pairs, args.batch_size, share) for name, pairs in splits.items()}
+        initial = trainable_parameters(model, args)
     if first and not args.resume:
         with blame(folder, "choose another --adapter-path"):
             if (folder / "adapter_config.json").exists():
@@ -565,14 +570,13 @@ def main():
             folder.mkdir(parents=True, exist_ok=True)
             lora.save_config(dict(vars(args)), folder / "adapter_config.json")
             (folder / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-    with blame(f"{args.model}, {args.data}", "no training with these options"):
-        need(all(splits.values()), "no pair is left to train on, or to measure")
-        share = can_share(model, sum(splits.values(), []))
-        splits = {name: sorted_batches(pairs, args.batch_size, share) for name, pairs in splits.items()}
-        initial = trainable_parameters(model, args)
     with blame(args.reference_model or args.model, "choose another model"):
-        reference = load_model(args.reference_model, args)[0] if args.reference_model else install(initial, model)
+        reference, words = install(initial, model), tokenizer
+        if args.reference_model:
+            reference, words = load_model(args.reference_model, args)
+        need(words.get_vocab() == tokenizer.get_vocab(), "it has another tokenizer")
         add_reference(reference, sum(splits.values(), []))
+        del reference
     train(model, initial, splits, args, objective, stop)
     print("Next:", shlex.join(["mlx_lm.generate", "--model", args.model, "--adapter-path", args.adapter_path]))
 
