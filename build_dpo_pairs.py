@@ -74,17 +74,19 @@ SILENT = re.compile("(?i)think|thought|reason|debug|status")
 CALL = re.compile("(?i)tool|call|function|code|command")
 FILE = re.compile("(?i)^(?!.*(paragen|transcri)).*(image|(?<!pro)file|docu|audio|video|media|attach|asset|pdf|canvas)")
 MAKES = re.compile(r"(?i)canmore|canvas|artifact|(?<!todo)write|create_?file|present_?files|(?<!view_)image|text2im")
-# marks of a picture, a file or a pasted text in a prompt; of words that were spoken
-MARK = re.compile(r"(?m)\[(Image|Pasted text) #\d|<image\b|;base64,|^(\[The user sent an? |# Files mentioned by)")
+# marks of a picture, a file or a pasted text in a message; of words that were spoken
+MARK = r"(?m)\[(Image|Pasted text) #\d|<image\b|;base64,|\(sandbox:|!\[.*?\]\(/|^(\[The user sent an? |# Files ment)"
 SPOKEN = re.compile(r"(?s)\[The user sent a voice message~ Here's what they said: \"(.*?)\"\]")
+# what a person said while an answer was written, in a tool's result
+STEERS = re.compile("(?i)proceed, the user said:|user (has )?answered|user guidance:|user sent |OUT-OF-BAND USER")
 # what front ends show folded or not at all: thoughts, reminders, citations, places of blocks
 HIDDEN = re.compile(r"""(?sx)<details\ type=.*?</details>|<(think|system-reminder)>.*?</\1>|\ue200.*?\ue201
     |【[^【】]*†[^【】]*】|This\ block\ is\ not\ supported\ on\ your\ current\ device\ yet\.|[\ue000-\uf8ff\u200b\u2060]+""")
 # what an agent's program puts before a person's words, unless it is HTML, or says in their place
-BLOCK = re.compile(r"(?is)\s*<([a-z][\w-]*)[^<>]*>.*?</\1[^<>]*>\s*")
+BLOCK = re.compile(r"(?is)\s*<([a-z][\w-]*)[^<>]*>((?<=<task-notification>).*|.*?</\1[^<>]*>)\s*")
 HTML = "a b body button code div em form h1 h2 head html i img input li ol p pre script span style table ul".split()
 HARNESS = re.compile(r"""(?x)\s*(<[a-z]+[-_]|Caveat:\ The|Stop\ hook|\#\ AGENTS\.md|\[(System|SYSTEM|CONTEXT\ COMPACT
-    |Request\ interrupted)|This\ session\ is\ being\ continued|Review\ the\ conversation\ above)""")
+    |Request\ interrupted)|This\ session\ is\ being\ continued|Review\ the\ conversation\ above|Another\ Claude)""")
 # how an answer ends of which a part is missing, in any of the sources
 STOPPED = re.compile("(?i)max|length|error|filter|interrupt|progress|partial|incomplete|cancel|stopped|fail|abort")
 VOTES = {"1": 1, "thumbsup": 1, "-1": -1, "thumbsdown": -1}
@@ -160,7 +162,7 @@ def pieces(content):
         if SILENT.search(kind + str(block.get("style"))) or sound and not inner:  # the words of a sound stand beside it
             continue
         if CALL.search(kind) or "<tool_call>" in str(inner):
-            yield "call", str(first_of(block, "name", "function_name") or part(block, "function").get("name"))
+            yield "call", str(first_of(block, "name", "function_name") or part(block, "function").get("name") or kind)
         elif FILE.search(kind) and "transcript" not in block or inner is None and kind != "text":
             yield kind, ""
         elif isinstance(inner, (dict, list)):
@@ -177,7 +179,7 @@ def spoken(content, role, words=clean):
             said, call, made = [], True, made or bool(MAKES.search(text))
         elif kind == "text":
             said.append(words(text))
-            beside = beside or bool(MARK.search(SPOKEN.sub("", text)) if role == "user" else ";base64," in text)
+            beside = beside or bool(re.search(MARK, SPOKEN.sub("", text)))
             call = call and not said[-1]
         else:
             beside = beside or role == "user" or bool(FILE.search(kind))
@@ -186,7 +188,7 @@ def spoken(content, role, words=clean):
 
 def lies_beside(fields):
     """Whether a picture, a file, a document or a voice lies in a message's fields."""
-    return any(FILE.search(name) and value not in (None, True, "", "[]", [], {}) for name, value in fields.items())
+    return any(FILE.search(name) and value not in (None, 0, 1, "", "[]", [], {}) for name, value in fields.items())
 
 
 # ------------------------------------------------------------------------------------------------------------- chats
@@ -198,7 +200,7 @@ class Chat:
     it; a bar: why no pair may rest on it; a rating, more is better; a lane, of several models that answer at once.
     """
 
-    key = leaf = last = None  # leaf: what is on show
+    key = leaf = last = time = None  # leaf: what is on show; time: of the latest change
     skip, system, dataset = "", "", False
 
     def __init__(self, source, agent, votes):
@@ -211,12 +213,12 @@ class Chat:
         called = role == "function_call" or m.get("function_call") or items(read_json(m.get("tool_calls")))
         role = ROLES.get(role, role)
         contents, words = [m[name] for name in FIELDS if m.get(name)], self.words.get(role, clean)
-        content = next((content for content in contents if spoken(content, role, words)[0]), contents)
+        content = next((content for content in contents if any(spoken(content, role, words))), contents)
         text, call, made, beside = spoken(content, role, words)
         ends = [str(m.get(name)) for name in ("stop_reason", "finish_reason", "status", "type")]
         ends += re.findall(r"'stopReason': '(\w+)'", str(m.get("steps")))
         cut = m.get("truncated") or m.get("error") or m.get("done") is False or any(map(STOPPED.search, ends))
-        state = state or ("cut" if cut else "call" if call or called else "")
+        state = "cut" if cut else state or ("call" if call or called else "")
         if beside or lies_beside(m) or made and not self.agent:
             bar = bar or {"user": BESIDE, "assistant": ELSEWHERE}.get(role, "")
         if role in ("user", "assistant") and not (text or bar or state and role == "assistant"):
@@ -234,12 +236,12 @@ def reads(source, test, log=False, agent=False):
 
 
 def has(*names):
-    return lambda record: all(record.get(name) is not None for name in names)
+    return lambda r: "signal" not in r and all(r.get(name) is not None for name in names)  # signal: this script's own
 
 
 @reads("chatgpt", lambda r: isinstance(r.get("mapping"), dict))
 def read_chatgpt(chat, r):
-    chat.key, chat.leaf = first_of(r, "conversation_id", "id"), r.get("current_node")
+    chat.key, chat.leaf, chat.time = first_of(r, "conversation_id", "id"), r.get("current_node"), r.get("update_time")
     for key in r["mapping"]:
         node, m = part(r["mapping"], key), part(r["mapping"], key, "message")
         meta, content, role = part(m, "metadata"), part(m, "content"), part(m, "author").get("role")
@@ -249,9 +251,9 @@ def read_chatgpt(chat, r):
         final = to == "all" and m.get("channel") in (None, "final") and (not shown or m.get("end_turn") is not False)
         made = role == "assistant" and MAKES.search(to) or role == "tool" and spoken(content, role)[3]
         said = {**(meta if role == "user" else {}), "role": role, "content": content if shown else ""}
-        said |= {"status": m.get("status"), "stop_reason": part(meta, "finish_details").get("type")}
+        said |= {"status": (m.get("status"), kind), "stop_reason": part(meta, "finish_details").get("type")}
         state = "call" if role == "assistant" and (kind == "code" or not final) else ""
-        chat.add(said | {"error": kind == "system_error"}, key, node.get("parent"), state, ELSEWHERE if made else "")
+        chat.add(said | {"done": meta.get("is_complete")}, key, node.get("parent"), state, ELSEWHERE if made else "")
         if meta.get("paragen_variants_info") or meta.get("paragen_variant_choice"):  # answers to choose from
             taken, offered = meta.get("paragen_variant_choice"), items(node.get("children"), str)[:2]
             chat.votes.choices |= dict.fromkeys(offered, -1 if taken else 0) | ({taken: 1} if taken else {})
@@ -278,13 +280,14 @@ def read_claude_code(chat, r):
         return
     text = spoken(m.get("content"), "")[0]
     cut = r.get("isApiErrorMessage") or m.get("model") == "<synthetic>" or text.startswith("[Request interrupted")
+    bar = ATTACHED.get(part(r, "attachment").get("type"), "")
     if role == "user":
-        note = r.get("isMeta") or r.get("isCompactSummary") or r.get("isVisibleInTranscriptOnly")
+        note, summary = r.get("isMeta") or r.get("isVisibleInTranscriptOnly"), r.get("isCompactSummary")
         other = part(r, "origin").get("kind") not in (None, "human")
         tool = cut or any(block.get("type") == "tool_result" for block in items(m.get("content")))
-        role = "hop" if tool else "note" if note else "harness" if other else role
+        role = "hop" if tool or summary else "note" if note else "harness" if other else role
+        bar = NOBODY if summary else STEERED if tool and (typed(text) or STEERS.search(str(m))) else ""
     said = {"role": role, "content": m.get("content"), "imagePasteIds": r.get("imagePasteIds"), "error": cut}
-    bar = ATTACHED.get(part(r, "attachment").get("type"), "")
     chat.add(said, r["uuid"], r.get("parentUuid") or r.get("logicalParentUuid"), bar=bar)
 
 
@@ -309,13 +312,13 @@ def read_codex(chat, r):
 @reads("hermes", has("messages", "source", "started_at"), agent=True)
 def read_hermes(chat, r):
     chat.key, live, rewound = first_of(r, "session_id", "id"), None, {}
-    chat.skip = MACHINE if r.get("source") in ("cron", "batch", "tool", "subagent", "kanban") else ""
+    chat.skip = MACHINE if first_of(r, "source", "platform") in ("cron", "batch", "tool", "subagent", "kanban") else ""
     for m in [m for m in items(r["messages"]) if not m.get("observed")]:
         role, raw = m.get("role"), str(m.get("content"))
         summary = m.get("_compressed_summary") or raw.startswith("[CONTEXT COMPACTION")  # later prompts rest on it
         hidden = m.get("display_kind") in ("hidden", "async_delegation_complete", "auto_continue", "model_switch")
         said = {**m, "role": "hop" if summary else "harness" if hidden and role == "user" else role}
-        bar = NOBODY if summary else STEERED if role == "tool" and "user guidance:" in raw.lower() else ""
+        bar = NOBODY if summary else STEERED if role == "tool" and STEERS.search(raw) else ""
         if m.get("active") != 0 or m.get("compacted"):
             live, rewound = chat.add(said, None, live, bar=bar), {}
         else:  # taken back: the same prompt once more starts where it stood before, anything else goes on from there
@@ -421,7 +424,8 @@ def read_values(path, stream):
     """Yield records, one at a time: of Hermes' state.db, a JSON list or lines of JSON; None for what is broken."""
     head, _ = stream.read(16), stream.seek(0)
     if head == b"SQLite format 3\0":
-        db = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True)
+        alone = not Path(f"{path}-wal").exists()  # else sqlite would leave files beside it
+        db = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro&immutable={int(alone)}", uri=True)
         db.row_factory, db.text_factory = sqlite3.Row, lambda raw: raw.decode("utf-8", "replace")
         for session in db.execute("SELECT * FROM sessions"):
             found = db.execute("SELECT * FROM messages WHERE session_id = ? ORDER BY rowid", [session["id"]])
@@ -430,7 +434,7 @@ def read_values(path, stream):
     encoding, decode = json.detect_encoding(head[:4]), json.JSONDecoder().raw_decode
     text = io.TextIOWrapper(stream, "utf-8-sig" if "utf-8" in encoding else encoding, errors="replace")
     buffer = text.read(2**20).lstrip()
-    at = 1 if buffer.startswith("[") else 0 if buffer.startswith("{") else len(buffer)
+    at = 1 if buffer.startswith("[") else 0 if buffer.startswith("{") or '\n{"' in buffer else len(buffer)
     while True:
         at = re.compile(r"[\s,]*").match(buffer, at).end()
         try:
@@ -450,8 +454,8 @@ class Chats:
     """All that was read: chats by source and key, votes by message, and what became of records that are in no chat."""
 
     def __init__(self):
-        self.chats, self.logs, self.fates = {}, {}, Counter()
-        self.rated, self.choices = {}, {}  # an answer's rating; 1 where it was preferred to another, -1, 0 for a tie
+        # rated: an answer's rating; choices: 1 where it was preferred to another, -1, 0 for a tie
+        self.chats, self.logs, self.fates, self.rated, self.choices = {}, {}, Counter(), {}, {}
 
     def give(self, record, name, number):
         """Give a record to the first reader whose test it passes; count one that no reader takes, or that breaks it."""
@@ -468,14 +472,14 @@ class Chats:
             where = traceback.extract_tb(error.__traceback__)[-1]
             fate = f"{type(error).__name__} in {where.name}, line {where.lineno}"
             if fate not in self.fates:
-                print(f"{name}:{number}: {fate}: {str(error)[:300]}: passed over")
+                print(f"{name}:{number}: {fate}: {str(error)[:300]}: passed over", file=sys.stderr)
         self.fates[fate] += 1
 
     def keep(self, chat):
         """Enter a chat; of two copies, the larger one."""
         chat.key = str(chat.key or f"number {len(self.chats)}")
         place = chat.source, chat.key
-        older, newer = sorted([self.chats.get(place, chat), chat], key=lambda chat: len(chat.nodes))
+        older, newer = sorted([self.chats.get(place, chat), chat], key=lambda chat: (chat.time or 0, len(chat.nodes)))
         if chat.skip or not chat.nodes:
             self.fates[chat.skip or "votes, or nothing said"] += chat.records
             return
@@ -497,9 +501,8 @@ class Turns:
     """
 
     def __init__(self, chat, reasons):
-        self.chat, self.nodes, self.reasons = chat, chat.nodes, reasons
-        self.at, self.active, self.children = {}, set(), defaultdict(list)
-        self.answers, self.after = defaultdict(dict), defaultdict(list)
+        self.chat, self.nodes, self.reasons, self.at, self.active = chat, chat.nodes, reasons, {}, set()
+        self.children, self.answers, self.after = defaultdict(list), defaultdict(dict), defaultdict(list)
         for key, node in self.nodes.items():
             self.children[node["parent"] if node["parent"] in self.nodes else None].append(key)
         todo = self.children[None][::-1]
@@ -597,9 +600,8 @@ def make_row(turns, history, prompt, signal, share, chosen, rejected):
         history = turns.at[history].history
     messages += [{"role": "system", "content": turns.chat.system}] if turns.chat.system else []
     good, bad = ([{"role": "assistant", "content": side["text"]}] for side in (chosen, rejected))
-    row = {"prompt": messages[::-1], "chosen": good, "rejected": bad, "signal": signal}
-    row["weight"] = round(WEIGHTS[signal] * share, 3)
-    return row | {"source": turns.chat.source, "conversation_id": turns.chat.key}
+    facts = {"signal": signal, "weight": round(WEIGHTS[signal] * share, 3), "source": turns.chat.source}
+    return {"prompt": messages[::-1], "chosen": good, "rejected": bad, **facts, "conversation_id": turns.chat.key}
 
 
 def make_rows(chats, args):
@@ -623,16 +625,16 @@ PATTERNS = r"""SECRET -----BEGIN[ A-Z0-9_-]{0,100}PRIVATE KEY-----[\s\S]*?(?:---
 SECRET \b(?:sk|gsk|xai|pplx|r8|hf|gh[pousr]|github_pat|glpat|npm|pypi|dop_v1|xox[a-z]|[sr]k_(?:live|test))[-_][\w-]{16,}
 SECRET \b(?:AIza|AKIA|ASIA|SG\.|AGE-SECRET-KEY|\d{8,10}:A|SK[0-9a-f]{4}|eyJ[\w-]+\.e)[\w.-]{12,}|hooks\.slack\.com/\S+
 SECRET ://[^\s:/@]{0,99}:([^\s@/]{1,99})@
-SECRET (?i)NAMED[\w.-]{0,30}[\"']?\s*(?:[:=]|is\s(?=\S*\d))\s*[\"']?(?:(?:bearer|basic)\s+)?(?!FAKE)([^\s\"'&,;)]{8,})
-CARD \b(?:4\d\d|5[1-5]\d|2[2-7]\d|3[47]\d|6[05]\d)\d(?:[ -]?\d{4}){2}[ -]?\d{3,4}\b
+SECRET (?i)KEY[\w.-]{0,30}["']?\s*(?:[:=]|is\s(?=\S*\d))\s*["']?(?:(?:bearer|basic|token)\s+)?(?!FAKE)([^\s"'&,;)]{8,})
 IBAN \b[A-Z]{2}\d\d(?: ?[A-Z]{4})?(?: ?\d{4}){2,7}(?: ?\d{1,4}|[A-Z0-9]{1,4}){0,4}\b
+CARD \b(?:4\d\d|5[1-5]\d|2[2-7]\d|3[47]\d|6[05]\d)\d(?:[ -]?\d{4}){2}[ -]?\d{3,4}\b
 EMAIL \b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,4}\.[A-Za-z]{2,24}\b
 HOME (?:(?<![\w.])/(?:home|Users)/|[A-Za-z]:[\\/]{1,2}Users[\\/]{1,2})([^/\\\s\"':]+)
 IP \b(?:\d{1,3}\.){3}\d{1,3}\b|\b(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}\b
 PHONE \+\d[\d ().-]{7,24}\d"""
-NAMED = r"(?:api[_-]?key|secret|token|passw(?:or)?d|pwd|credential|auth(?!ors?\b|enti)|[?&]code|[?&]sig|-signature)"
-FAKE = r"\[|xxx|<|\$\{|\w+\.\w+[.(\[]|example|changeme"
-PRIVATE = [line.replace("NAMED", NAMED).replace("FAKE", FAKE).split(" ", 1) for line in PATTERNS.splitlines()]
+NAMED = r"(?:api[_-]?key|secret|token|passw(?:or)?[dt]|pwd|credential|auth(?!ors?\b|enti)|[?&]code|[?&]sig|-signature)"
+FAKE = r"\[|xxx|<|\$\{|[\w.]+[(\[]|\w+\.\w+\.|example|changeme"
+PRIVATE = [line.replace("KEY[", f"{NAMED}[").replace("FAKE", FAKE).split(" ", 1) for line in PATTERNS.splitlines()]
 
 
 def redact(row, marks, counts):
@@ -686,7 +688,7 @@ def main():
                     chats.give(record, name, number)
         except Exception as error:  # one damaged file, of whatever kind, must not stop the others
             chats.fates["a file, or the rest of one, that could not be read"] += 1
-            print(f"{path}: not read: {error}")
+            print(f"{path}: not read: {error}", file=sys.stderr)
     for chat in chats.logs.values():
         chats.keep(chat)
     rows, reasons = make_rows(chats, args)
@@ -705,11 +707,11 @@ def main():
         looked = "choices, ratings, answers made again, data sets' pairs, and, with --corrections, corrected answers"
         sys.exit(f"no pair in {len(paths)} files, {total} records: looked for {looked}. {why}")
     # what begins with the same prompt stays together
-    start = {row["conversation_id"]: next(m["content"] for m in row["prompt"] if m["role"] == "user") for row in rows}
-    order = random.Random(0).sample(sorted({*start.values()}), len({*start.values()}))
+    start = lambda row: next(m["content"] for m in row["prompt"] if m["role"] == "user")
+    order = random.Random(0).sample(sorted({*map(start, rows)}), len({*map(start, rows)}))
     held = int(HELD_OUT * len(order))
     prompts = {"train": {*order[2 * held :]}, "valid": {*order[held : 2 * held]}, "test": {*order[:held]}}
-    parts = {name: [r for r in rows if start[r["conversation_id"]] in prompts[name]] for name in prompts}
+    parts = {name: [r for r in rows if start(r) in prompts[name]] for name in prompts}
     tables = {"Pairs": Counter(f"{row['source']}, {row['signal']}" for row in rows), "Redacted": counts}
     tables |= {f"What became of {total} records": chats.fates, "Prompts and pairs that were left out": left_out}
     report = f"# {len(rows)} pairs: {', '.join(f'{name} {len(part)}' for name, part in parts.items())}\n"
@@ -726,12 +728,12 @@ def main():
             older = next(path for n in range(1, 10**6) if not (path := Path(f"{args.out}-{n}")).exists())
             print(f"The earlier {args.out} is now {args.out.rename(older)}")
         folder.rename(args.out)
-        report += f"\nNext: python dpo_trainer.py --data {args.out} --model ..."
+        report += f"\nNext: python dpo_trainer.py --data {str(args.out)!r} --model ..."
     print(report.encode("utf-8", "replace").decode())
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (KeyboardInterrupt, OSError) as error:
-        sys.exit(f"{Path(__file__).name}: {str(error) or 'interrupted'}: nothing whole was written")
+    except (KeyboardInterrupt, OSError, ValueError) as error:
+        sys.exit(f"{Path(__file__).name}: {str(error) or 'interrupted'}: what is in --out is whole")

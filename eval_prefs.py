@@ -113,7 +113,7 @@ def read_pair(row, args):
     sides = [to_messages(side, "assistant") for side in (chosen, rejected)]
     (*prompt, chosen), (*other, rejected) = (side if side[: len(prompt)] == prompt else prompt + side for side in sides)
     turns = prompt == other and [turn["role"] for turn in (*prompt[-1:], chosen, rejected)]
-    need(turns == ["user", "assistant", "assistant"], "two answers of the assistant must follow the same user turn")
+    need(turns == ["user", "assistant", "assistant"], f"two answers must follow the same user turn: {', '.join(row)}")
     need(all(side["content"].strip() for side in (chosen, rejected)) and chosen != rejected, "empty or equal answers")
     need(not row.get("tools"), "rows with tools are not trained on")
     weight = 1.0 if row.get("weight") is None else float(row["weight"])

@@ -78,7 +78,7 @@ def parse_args(words=None):
     (args, unknown), config, here = parser.parse_known_args(words), {}, Path(__file__).parent
     kept = f"{args.adapter_path}/adapter_config.json" if args.resume else None
     if file := args.config or kept or (None if args.model else here / "data/demo-simpo.yaml"):
-        with blame(file, "it must be a file of options, as data/demo-simpo.yaml"):
+        with blame(file, "name a file of options, as data/demo-simpo.yaml, or a run's --adapter-path"):
             config = lora.yaml.load(Path(file).read_text(encoding="utf-8"), lora.yaml_loader)
             block = {"path": None, **(config.get("hf_dataset") or {})}
             parser.set_defaults(**{"data": block.pop("path"), **block, **config})
@@ -119,7 +119,7 @@ def read_pair(row, args):
     sides = [to_messages(side, "assistant") for side in (chosen, rejected)]
     (*prompt, chosen), (*other, rejected) = (side if side[: len(prompt)] == prompt else prompt + side for side in sides)
     turns = prompt == other and [turn["role"] for turn in (*prompt[-1:], chosen, rejected)]
-    need(turns == ["user", "assistant", "assistant"], "two answers of the assistant must follow the same user turn")
+    need(turns == ["user", "assistant", "assistant"], f"two answers must follow the same user turn: {', '.join(row)}")
     need(all(side["content"].strip() for side in (chosen, rejected)) and chosen != rejected, "empty or equal answers")
     need(not row.get("tools"), "rows with tools are not trained on")
     weight = 1.0 if row.get("weight") is None else float(row["weight"])
@@ -166,7 +166,7 @@ def load_pairs(args, tokenizer, source, split, batches=-1):
     """Return the first batches, -1: all, of a file, a folder's SPLIT.jsonl or a hub dataset; print what is left out."""
     path, pairs, shortened, cut = Path(source), [], 0, 0
     path = path / f"{split}.jsonl" if path.is_dir() else path
-    with blame(path, "give a .jsonl file, a folder with train.jsonl, or a hub dataset, NAME or NAME:SPLIT"):
+    with blame(path, "give a .jsonl file, a folder with train.jsonl, or a hub dataset (pip install datasets)"):
         if path.exists() or path.suffix in (".jsonl", ".json", ".csv"):
             rows = path.read_bytes().rstrip().splitlines()
             need(rows and rows[0].strip().endswith(b"}"), "empty, array or CSV, no JSON lines: write one object a line")

@@ -57,7 +57,9 @@ def save_tokenizer(folder, template=CHATML, bos=None):
     return tokenizer
 
 
-def save_model(folder, family="llama", seed=0, dtype=mx.float32, bits=None, template=CHATML, bos=None, **extra):
+def save_model(
+    folder, family="llama", seed=0, dtype=mx.float32, bits=None, mode="affine", template=CHATML, bos=None, **extra
+):
     """Write a tiny random model of a family, with its tokenizer, as mlx_lm.load reads it; return its path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +72,8 @@ def save_model(folder, family="llama", seed=0, dtype=mx.float32, bits=None, temp
     model.load_weights([(name, w + 0.3 * mx.random.normal(w.shape) if w.ndim > 1 else w) for name, w in named])
     model.set_dtype(dtype)
     if bits:
-        nn.quantize(model, group_size=32, bits=bits)
-        config["quantization"] = {"group_size": 32, "bits": bits}
+        config["quantization"] = {"group_size": 32, "bits": bits, "mode": mode}
+        nn.quantize(model, **config["quantization"])
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     return folder

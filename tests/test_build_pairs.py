@@ -176,10 +176,8 @@ HEAD, BODY = "eyJ" + LETTERS[:20], "eyJ" + LETTERS[7:40]
 JWT = f"{HEAD}.{BODY}.{LETTERS[3:30]}"
 PEM = f"-----BEGIN {'OPENSSH'} PRIVATE KEY-----\n{LETTERS[:60]}\n{LETTERS[5:50]}\n-----END OPENSSH PRIVATE KEY-----"
 PREFIXED = [
-    *(
-        "sk-" + rest
-        for rest in ("ant-api03-" + LETTERS[:40], "proj-" + LETTERS[:40], "or-v1-" + HEX[:64], LETTERS[:48])
-    ),
+   
+    *( "sk-" + rest for rest in ("ant-api03-" + LETTERS[:40], "proj-" + LETTERS[:40], "or-v1-" + HEX[:64], LETTERS[:48]) ),
     *("gsk" + "_" + LETTERS[:40], "xai" + "-" + LETTERS[:60], "pplx" + "-" + LETTERS[:40], "r8" + "_" + LETTERS[:37]),
     *("hf" + "_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH", "AI" + "za" + LETTERS[:35]),
     *("gh" + kind + "_" + LETTERS[:36] for kind in "pousr"),
@@ -189,30 +187,20 @@ PREFIXED = [
     *("sk" + "_live_" + LETTERS[:24], "rk" + "_test_" + LETTERS[:24], "S" + "G." + LETTERS[:22] + "." + LETTERS[:43]),
     *("SK" + HEX[:32], "AGE-SECRET" + "-KEY-1" + "QPZRY9X8GF2TVDW0S3JN54KHCE6MUA7L" * 2, JWT, PEM),
     "https://hooks.sla" + "ck.com/services/T0/B0/" + LETTERS[:24],
-]
+]  # fmt: skip
 PLAIN = "k7Qz9xmNf2Lw"  # a password, which nothing but its place tells
-PLACED = [  # texts that hold it
-    f"postgres://alice:{PLAIN}@db.example.org/shop",
-    f"redis://:{PLAIN}@localhost:6379/0",
-    f"curl -H 'Authorization: Bearer {PLAIN}' https://example.org",
-    f"authorization: basic {PLAIN}",
+PLACED = [
+    f"postgres://alice:{PLAIN}@db.example.org/shop", f"redis://:{PLAIN}@localhost:6379/0",
+    f"curl -H 'Authorization: Bearer {PLAIN}' https://example.org", f"authorization: basic {PLAIN}",
     f'headers = {{"Authorization": "Bearer {PLAIN}"}}',
-    *(
-        f"https://example.org/cb?x=1&{name}={PLAIN}&y=2"
-        for name in ("access_token", "refresh_token", "id_token", "sig")
-    ),
+    *( f"https://example.org/cb?x=1&{name}={PLAIN}&y=2" for name in ("access_token", "refresh_token", "id_token", "sig") ),
     *(f"https://example.org/cb?{name}={PLAIN}" for name in ("token", "api_key", "client_secret", "password", "code")),
     *(f"https://example.org/cb?{name}={PLAIN}" for name in ("signature", "X-Amz-Signature", "x-goog-signature")),
-    *(
-        f"{name}={PLAIN}"
-        for name in ("API_KEY", "apikey", "my-api-key", "SECRET", "token", "DB_PASSWORD", "passwd", "PWD")
-    ),
+    *( f"{name}={PLAIN}" for name in ("API_KEY", "apikey", "my-api-key", "SECRET", "token", "DB_PASSWORD", "passwd", "PWD") ),
     *(f'"{name}": "{PLAIN}"' for name in ("api_key", "clientSecret", "authToken", "password", "credentials")),
-    f"export GITHUB_TOKEN='{PLAIN}'",
-    f"password: {PLAIN}, as agreed",
-    f"password = {PLAIN};",
+    f"export GITHUB_TOKEN='{PLAIN}'", f"password: {PLAIN}, as agreed", f"password = {PLAIN};",
     f"The password is {PLAIN}.",
-]
+]  # fmt: skip
 
 
 def told(value, tmp_path, *words):
@@ -251,25 +239,20 @@ def test_passwords_are_redacted(text, tmp_path):
     )
 
 
-PERSONAL = [  # text, what of it must go, what must stay
+PERSONAL = [
     ("Write to jane.doe+news@mail.example.co.uk today", "jane", "today"),
-    ("Write to j_d@example.org.", "j_d@", "Write"),
-    ("see /home/janedoe/src/main.py", "janedoe", "src/main.py"),
+    ("Write to j_d@example.org.", "j_d@", "Write"), ("see /home/janedoe/src/main.py", "janedoe", "src/main.py"),
     ("see /Users/janedoe/src/main.py", "janedoe", "src/main.py"),
     (r"see C:\Users\janedoe\src\main.py", "janedoe", r"\src\main.py"),
     (r"path = 'C:\\Users\\janedoe\\src'", "janedoe", "src"),
-    ("file:///home/janedoe/notes.txt", "janedoe", "notes.txt"),
-    ("call +44 20 7946 0958 now", "7946", "now"),
-    ("call +1 (415) 555-0132 now", "555", "now"),
-    ("call +4915112345678 now", "15112345678", "now"),
-    ("ssh 203.0.113.77 please", "113.77", "please"),
-    ("ping 2001:db8:0:0:0:ff00:42:8329 please", "42:8329", "please"),
+    ("file:///home/janedoe/notes.txt", "janedoe", "notes.txt"), ("call +44 20 7946 0958 now", "7946", "now"),
+    ("call +1 (415) 555-0132 now", "555", "now"), ("call +4915112345678 now", "15112345678", "now"),
+    ("ssh 203.0.113.77 please", "113.77", "please"), ("ping 2001:db8:0:0:0:ff00:42:8329 please", "42:8329", "please"),
     ("pay with 4111 1111 1111 1111 then", "1111 1111", "then"),
     ("pay with 378282246310005 then", "246310005", "then"),
     ("to DE89 3704 0044 0532 0130 00 IN FULL", "0044", "IN FULL"),
-    ("to GB29NWBK60161331926819 now", "60161331", "now"),
-    ("to FR1420041010050500013M02606 now", "M02606", "now"),
-]
+    ("to GB29NWBK60161331926819 now", "60161331", "now"), ("to FR1420041010050500013M02606 now", "M02606", "now"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text, gone, stays", PERSONAL)
@@ -279,32 +262,18 @@ def test_personal_data_is_redacted(text, gone, stays, tmp_path):
 
 
 HARMLESS = [
-    "Order 1234567890123456 has been shipped.",
-    "EU27 WITH THIS WORD AND 4111 others, ISBN 9783161484100",
-    "At 1717000000000 ms, 3.14159265358979 and 10.0.1.",
-    "commit 9fceb02d0ae598e95dc970b74767f19372d61af8",
-    "id 123e4567-e89b-12d3-a456-426614174000",
-    "2 + 2 = 4, 1+1, +5 degrees, C++17 and 5-7-5",
-    "@alice said so on example.org, at 10@night",
-    "/usr/share/doc and /homes/are/here and C:\\Windows\\System32",
-    "task-management, ask-me-anything and risk-averse",
-    "Basic authorization: a matter of taste",
-    "https://example.org/?q=codes&page=2&tokenizer=bpe",
-    "The secret is patience and practice.",
-    "The password is required for this step.",
-    "The token is generated at midnight.",
-    "The author is Hemingway, or so they say.",
-    "Authentication is important.",
-    *(
-        f"password={value}"
-        for value in ("<your password>", "${DB_PASSWORD}", "xxxxxxxx", "changeme-please", "example-value")
-    ),
-    *(
-        f"api_key = {value}"
-        for value in ('os.environ["API_KEY"]', "process.env.API_KEY", '"<API_KEY>"', "'xxxxxxxxxxxx'")
-    ),
+    "Order 1234567890123456 has been shipped.", "EU27 WITH THIS WORD AND 4111 others, ISBN 9783161484100",
+    "At 1717000000000 ms, 3.14159265358979 and 10.0.1.", "commit 9fceb02d0ae598e95dc970b74767f19372d61af8",
+    "id 123e4567-e89b-12d3-a456-426614174000", "2 + 2 = 4, 1+1, +5 degrees, C++17 and 5-7-5",
+    "@alice said so on example.org, at 10@night", "/usr/share/doc and /homes/are/here and C:\\Windows\\System32",
+    "task-management, ask-me-anything and risk-averse", "Basic authorization: a matter of taste",
+    "https://example.org/?q=codes&page=2&tokenizer=bpe", "The secret is patience and practice.",
+    "The password is required for this step.", "The token is generated at midnight.",
+    "The author is Hemingway, or so they say.", "Authentication is important.",
+    *( f"password={value}" for value in ("<your password>", "${DB_PASSWORD}", "xxxxxxxx", "changeme-please", "example-value") ),
+    *( f"api_key = {value}" for value in ('os.environ["API_KEY"]', "process.env.API_KEY", '"<API_KEY>"', "'xxxxxxxxxxxx'") ),
     "password: short",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HARMLESS)
@@ -433,12 +402,10 @@ FURTHER = [
     "That's not a problem, stale bread makes good toast. What about rice?",
     "No, that's all about candle wax. What about ink?",
     "Nope, all good with the bicycle chain. What about the brakes?",
-    "Not quite sure what a planet is. Can you explain?",
-    "No further questions on green tea. What about coffee?",
-    "Wrong answers only: who painted the ceiling?",
-    "I told you the door was old, right? How old can a door get?",
+    "Not quite sure what a planet is. Can you explain?", "No further questions on green tea. What about coffee?",
+    "Wrong answers only: who painted the ceiling?", "I told you the door was old, right? How old can a door get?",
     "You forgot nothing about the telescope, well done. What about maps?",
-]
+]  # fmt: skip
 
 
 def talked(*said):

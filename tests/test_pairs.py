@@ -199,7 +199,11 @@ def test_a_hub_dataset_is_loaded_by_its_split(monkeypatch, tokenizer):
     pairs = load_pairs(options(), tokenizer, "org/pairs", "train")
     assert asked == [("org/pairs", "train")] and pairs[0]["chosen"] == pairs[1]["chosen"] and len(pairs) == 2
     load_pairs(options(), tokenizer, "org/pairs:train_prefs", "train")
-    assert asked[1:] == [("org/pairs", "train_prefs")]
+    load_pairs(options(), tokenizer, "org/pairs:train_prefs", "test")
+    args = options()
+    args.hf_dataset = {"valid_split": "train[:9]"}
+    load_pairs(args, tokenizer, "org/pairs", "valid")
+    assert [split for _, split in asked[1:]] == ["train_prefs", "test", "train[:9]"]
     hub.load_dataset = lambda path, split: [FORMS["texts"], {"text": "Q"}]
     assert refusal("org/pairs", tokenizer).startswith("org/pairs:2: no chosen and rejected among text: ")
     monkeypatch.setitem(sys.modules, "datasets", None)  # not installed

@@ -343,15 +343,6 @@ def test_a_local_model_as_the_judge_and_a_reward_of_ones_own(sample, monkeypatch
     assert len(rows) == 6 and all(row["chosen"][0]["content"] < row["rejected"][0]["content"] for row in rows)
 
 
-@pytest.mark.parametrize("name", ["need", "blame", "to_messages", "PLAIN"])
-def test_what_it_shares_with_the_trainers_is_one_text(name):
-    form = rf"^(@.*\n)?(def {name}\(|{name} = )(.*\n)((    .*)?\n)*"
-    one, two = (
-        re.search(form, (ROOT / script).read_text(), re.M)[0] for script in ("sample_pairs.py", "dpo_trainer.py")
-    )
-    assert one.strip() == two.strip()
-
-
 @pytest.mark.slow
 def test_two_rounds_from_prompts_alone(tmp_path, serve, monkeypatch):
     """Where answers that state the fact win, greedy helpful answers rise from 29 of 100 to 85 or more; kl below 1."""

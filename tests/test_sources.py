@@ -189,7 +189,7 @@ def studio(nodes):
             versions.append({"type": "singleStep", "role": role, **said} | more)
         turns.append({"versions": versions, "currentlySelected": [node[0] in shown for node in found].index(True)})
         level = [node[0] for node in found]
-    return {"1.conversation.json": {"name": SECRET, "createdAt": 1.7e12, "systemPrompt": SECRET, "messages": turns}}
+    return {"1.conversation.json": {"name": SECRET, "userFilesSizeBytes": 0, "systemPrompt": SECRET, "messages": turns}}
 
 
 WRITERS = [chatgpt, claude, webui, code, codex, hermes, studio]
@@ -218,6 +218,13 @@ def test_an_edited_question_gives_no_pair(write, tmp_path):
     done = run(tmp_path, write(nodes))
     why = "a prompt that was edited" if write is studio else "one answer, no other to compare"
     assert done.code == 1 and not done.rows and why in done.text
+
+
+def test_the_newer_copy_of_a_conversation_counts(tmp_path):
+    """By its time of change, not by the order of the files."""
+    new, old = (chatgpt(nodes)["conversations.json"][0] for nodes in ([*retry()[:1], *retry()[2:0:-1]], retry()[:3]))
+    done = run(tmp_path, {"a.json": [new | {"update_time": 2.0}], "b.json": [old | {"update_time": 1.0}]})
+    assert pairs(done) == [([Q], BAD, GOOD)]
 
 
 def test_versions_of_an_answer(tmp_path):
@@ -395,6 +402,9 @@ ELSEWHERE = {  # the answer is in a document or a picture; its text only says so
         + [("c", "b", "assistant", "Here it is.", {}), ("m", "c", "user", MORE, {}), ("y", "m", "assistant", BYE, {})]),
     "claude artifact": claude(retry(b={"content": MADE})),
     "claude file": claude(retry(b={"content": [{"type": "tool_use", "name": "create_file"}, *PART("It is ready.")]})),
+    "webui picture made": webui(retry(b={"content": "", "output": [{"type": "image_generation_call"}, ANSWER("Here.")]})),
+    "webui link": webui(retry(good="![Generated Image](/api/v1/files/a/content)")),
+    "chatgpt link": chatgpt(retry(good="[Download the letter](sandbox:/mnt/data/letter.docx)")),
     "webui picture": webui(retry(b={"files": [{"type": "image", "url": "x"}]})),
     "code file": code(retry(b={"message": {"role": "assistant", "content": [{"type": "tool_use", "name": "Write"}, *PART("Done.")]}})),
 }  # fmt: skip
@@ -404,6 +414,22 @@ ELSEWHERE = {  # the answer is in a document or a picture; its text only says so
 def test_an_answer_that_is_elsewhere(name, tmp_path):
     done = run(tmp_path, ELSEWHERE[name])
     assert done.code == 1 and "an answer, or one after it, whose picture, file or document" in done.text, pairs(done)
+
+
+NOT_WHOLE = {
+    "claude's announcement": claude(retry(b={"text": "It stands beside.", "content": MADE[:2]})),
+    "chatgpt, cut and gone on with": chatgpt([*retry()[:2], ("c", "u", "assistant", "The", {"end_turn": False,
+        "metadata": {"finish_details": {"type": "max_tokens"}}}), ("b", "c", "assistant", GOOD, {}), *retry()[3:]]),
+    "chatgpt, not complete": chatgpt(retry(b={"metadata": {"is_complete": False}})),
+    "a summary of what is not there": code([(*n[:4], {"isCompactSummary": True} if n[0] == "s" else n[4]) for n in
+        [("s", None, "user", "Earlier: tea.", {}), ("k", "s", "assistant", "Yes.", {}), *((k, p or "k", *r) for k, p, *r in retry())]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_WHOLE)
+def test_what_is_not_whole_is_in_no_pair(name, tmp_path):
+    done = run(tmp_path, NOT_WHOLE[name])
+    assert done.code == 1 and re.search("no whole answer|no person asked|not in its text", done.text), pairs(done)
 
 
 BEFORE = ["<ide_opened_file>The user opened /a.py</ide_opened_file>\n", "<system-reminder>x</system-reminder>"]
@@ -428,10 +454,13 @@ def test_what_a_person_typed_stays(write, q, tmp_path):
 
 HARNESS = ["<command-name>/review</command-name>", "<teammate-message id='1'>\nNo, that is wrong.\n</teammate-message>"]
 HARNESS += [
-    "<task-notification>done</task-notification>",
+    "<task-notification>done</task-notification>\nRead the output file to retrieve the result: /tmp/x",
     "<bash-stdout>a",
+]
+HARNESS += [
     "Stop hook feedback:\nno",
     "[System note: go on]",
+    "Another Claude session sent a message:\n<message>hi</message>",
 ]
 
 
@@ -453,23 +482,19 @@ def test_what_nobody_typed(write, words, tmp_path):
 
 CALL = {"message": {"role": "assistant", "content": [{"type": "tool_use", "name": "Bash"}]}}
 STEPS = [("u", None, "user", Q, {}), ("t", "u", "assistant", "", CALL), ("a", "t", "assistant", BAD, {})]
-STEPS += [
-    ("v", None, "user", Q, {}),
-    ("b", "v", "assistant", GOOD, {}),
-    ("m", "b", "user", MORE, {}),
-    ("y", "m", "assistant", BYE, {}),
-]
-QUEUED = {
-    "uuid": "q",
-    "parentUuid": "t",
-    "type": "attachment",
-    "attachment": {"type": "queued_command", "prompt": "Short."},
-}
+STEPS += [("v", None, "user", Q, {}), ("b", "v", "assistant", GOOD, {})]
+STEPS += [("m", "b", "user", MORE, {}), ("y", "m", "assistant", BYE, {})]
+QUEUED = {"type": "attachment", "attachment": {"type": "queued_command", "prompt": "Short."}}
+QUEUED |= {"uuid": "q", "parentUuid": "t"}
 REMOVED = {"type": "queue-operation", "operation": "remove", "content": "In one line."}
 TOLD = [("response_item", {"type": "function_call", "name": "sh"}), ("response_item", {"type": "message", "role": "user",
     "content": [{"type": "input_text", "text": "In one line."}]})]  # fmt: skip
+ANSWERED = [("code " + text[:20], code([(k, "r" if k == "a" else p, *rest) for k, p, *rest in STEPS], [("t", {"uuid": "r",
+    "parentUuid": "t", "type": "user", "message": {"role": "user", "content": [{"type": "tool_result", "content": text}, *more]}})]))
+    for text, more in (("To tell you how to proceed, the user said:\nin Portuguese", ()), ("ok", PART("In Portuguese, please.")),
+        ('User has answered your questions: "Which?"="Short"', ()), ("<system-reminder>The user sent a new message", ()))]  # fmt: skip
 TOOL = {"role": "tool", "content": "a.py\n\nUser guidance: in one line"}
-STEERED = {
+STEERED = dict(ANSWERED) | {
     "code record": code([(k, "q" if k == "a" else p, *rest) for k, p, *rest in STEPS], [("t", QUEUED)]),
     "code operation": code(STEPS, [("t", REMOVED)]),
     "code other agent": code([(k, "o" if k == "a" else p, *rest) for k, p, *rest in STEPS], [("t", {"uuid": "o", "type": "user",
@@ -485,9 +510,8 @@ def test_an_answer_that_was_steered(name, tmp_path):
     done = run(tmp_path, STEERED[name])
     assert not done.rows and re.search("steered|no whole answer", done.text), (pairs(done), done.text)
     if name.startswith("code op"):
-        assert pairs(run(tmp_path / "not", code(STEPS, [("t", REMOVED | {"operation": "enqueue"})]))) == [
-            ([Q], GOOD, BAD)
-        ]
+        files = code(STEPS, [("t", REMOVED | {"operation": "enqueue"})])
+        assert pairs(run(tmp_path / "not", files)) == [([Q], GOOD, BAD)]
 
 
 def test_two_prompts_in_a_row(tmp_path):
@@ -634,6 +658,4 @@ def test_the_reader_in_the_docstring(tmp_path):
     assert done.returncode == 0, done.stderr
     [row] = read_rows(tmp_path / "out" / "train.jsonl")
     assert texts(row) == ([Q], GOOD, BAD) and (row["source"], row["signal"]) == ("starlog", "rating")
-    assert re.search(r"log\.jsonl:2: TypeError in read_starlog, line \d+: .*not iterable", done.stdout), (
-        "the reader's own error"
-    )
+    assert re.search(r"log\.jsonl:2: TypeError in read_starlog, line \d+: .*not iterable", done.stderr), done.stderr

@@ -112,6 +112,7 @@ KINDS = {  # what is trained: the model's own form, the options
     "lora": ({}, ""),
     "dora": ({}, "--fine-tune-type dora"),
     "4-bit": ({"bits": 4}, ""),
+    "mxfp4": ({"bits": 4, "mode": "mxfp4"}, ""),  # its scales are of 8 bits, and no floats
 }
 
 
@@ -349,6 +350,20 @@ def test_a_model_of_no_numbers_is_named(place, script):
     mx.save_safetensors(str(model / "model.safetensors"), weights, {"format": "mlx"})
     found = one_line(run_script("--model", "nan", *RUN, "--adapter-path", "n", script=f"{script}.py", cwd=place))
     assert found.startswith("nan, data: its log-probabilities are no numbers, as where float16 overflows"), found
+
+
+def test_a_second_round_starts_from_the_first(place):
+    """Its adapter is read before the earlier run moves aside; dropout or not, nothing has moved from it at step 0."""
+    block = "lora_parameters: {rank: %d, scale: 20.0, dropout: 0.3}"
+    more = ["--resume-adapter-file", "adapters/adapters.safetensors"]
+    for rank, words, status in ((4, [], 0), (4, more, 0), (2, more, 1)):
+        (place / "c.yaml").write_text(block % rank)
+        words = ["--config", "c.yaml", "--model", "tiny", *RUN, "--learning-rate", "1e-2", *words]
+        shown = run_script(*words, cwd=place)
+        assert shown.returncode == status, shown.stderr
+    assert "--resume-adapter-file has other layers or another rank" in one_line(shown)
+    first = records(place / "adapters")[0]
+    assert abs(first["loss"] - 0.6931472) < 1e-6 and first["rewards/margins"] == 0 == first["kl"]
 
 
 def test_a_run_that_breaks_says_so(place):
