@@ -328,7 +328,7 @@ def read_hermes(chat, r):
 
 @reads("open-webui", lambda r: part(r, "chat", "history", "messages") or part(r, "history", "messages"))
 def read_open_webui(chat, r):
-    outer, chat.key = part(r, "chat") or r, r.get("id")
+    outer, chat.key, chat.time = part(r, "chat") or r, r.get("id"), r.get("updated_at")
     messages, chat.leaf = part(outer, "history", "messages"), part(outer, "history").get("currentId")
     apart = items(outer.get("files")) and not any(map(lies_beside, items([*messages.values()])))  # of which prompt?
     for key in messages:
@@ -479,7 +479,7 @@ class Chats:
         """Enter a chat; of two copies, the larger one."""
         chat.key = str(chat.key or f"number {len(self.chats)}")
         place = chat.source, chat.key
-        older, newer = sorted([self.chats.get(place, chat), chat], key=lambda chat: (chat.time or 0, len(chat.nodes)))
+        older, newer = sorted([self.chats.get(place, chat), chat], key=lambda c: (str(c.time or ""), len(c.nodes)))
         if chat.skip or not chat.nodes:
             self.fates[chat.skip or "votes, or nothing said"] += chat.records
             return
