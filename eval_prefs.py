@@ -167,7 +167,8 @@ def load_data(args, tokenizer):
         else:
             from datasets import load_dataset
 
-            rows = [*enumerate(load_dataset(args.data, split="test"), 1)]
+            name, _, part = args.data.partition(":")
+            rows = [*enumerate(load_dataset(name, split=part or "test"), 1)]
     for number, row in tqdm(rows, "reading", leave=False, disable=None):
         with blame(f"{path}:{number}", "mend or delete the row"):
             row = json.loads(row) if isinstance(row, bytes) else row
