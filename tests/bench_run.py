@@ -114,7 +114,7 @@ def run_peer(folder, count):
     sys.argv = ["train", "--train", "--train-mode", "dpo", "--model", f"{folder}/model", "--data", str(folder)]
     sys.argv += ["--iters", str(count // 4), "--batch-size", "4", "--num-layers", "-1", "--max-seq-length", "8192"]
     sys.argv += ["--optimizer", "adamw", "--val-batches", "1", "--steps-per-eval", "100000", "--beta", "0.1"]
-    train.main(sys.argv[1:]) if train.main.__code__.co_argcount else train.main()
+    train.main()
     return {}
 
 
