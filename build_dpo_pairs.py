@@ -22,7 +22,7 @@ of lines as {"id": 7, "ask": "...", "tries": [{"said": "...", "stars": 5}, {"sai
             answer = {"role": "assistant", "content": t["said"]}
             chat.add(answer, parent=asked, rating=t["stars"] - 3)
 
-A new data set is one line of ROWS.
+A message without parent= follows the last one; what is added last is on show. A new data set is one line of ROWS.
 """
 
 import argparse
@@ -78,7 +78,7 @@ MAKES = re.compile(r"(?i)canmore|canvas|artifact|(?<!todo)write|create_?file|pre
 MARK = r"(?m)\[(Image|Pasted text) #\d|<image\b|;base64,|\(sandbox:|!\[.*?\]\(/|^(\[The user sent an? |# Files ment)"
 SPOKEN = re.compile(r"(?s)\[The user sent a voice message~ Here's what they said: \"(.*?)\"\]")
 # what a person said while an answer was written, in a tool's result
-STEERS = re.compile("(?i)proceed, the user said:|user (has )?answered|user guidance:|user sent |OUT-OF-BAND USER")
+STEERS = re.compile("(?i)proceed, the user said:|user has answered y|user guidance:|user sent a new m|OUT-OF-BAND USER")
 # what front ends show folded or not at all: thoughts, reminders, citations, places of blocks
 HIDDEN = re.compile(r"""(?sx)<details\ type=.*?</details>|<(think|system-reminder)>.*?</\1>|\ue200.*?\ue201
     |【[^【】]*†[^【】]*】|This\ block\ is\ not\ supported\ on\ your\ current\ device\ yet\.|[\ue000-\uf8ff\u200b\u2060]+""")
