@@ -37,9 +37,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm import lora
+from mlx_lm import lora, utils
 from mlx_lm.models.cache import ConcatenateKVCache
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -545,7 +544,8 @@ def main():
         sys.stdout, args.report_to = open(os.devnull, "w"), None
     if not (CUDA or METAL):
         mx.disable_compile()  # it calls a C++ compiler, which takes longer than it saves
-    maybe_set_recommended_wired_limit()
+    utils.maybe_set_recommended_wired_limit()
+    mx.set_cache_limit(args.clear_cache_threshold or 2**48)  # bytes; 0: as much as memory allows
     model, tokenizer = load_model(args.model, args)
     splits = {"train": load_pairs(args, tokenizer, args.data, "train")}
     if Path(args.data, "valid.jsonl").exists() or args.hf_dataset.get("valid_split"):

@@ -36,9 +36,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm import lora
+from mlx_lm import lora, utils
 from mlx_lm.models.cache import ConcatenateKVCache
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -525,7 +524,8 @@ def main():
         sys.stdout, args.report_to = open(os.devnull, "w"), None
     if not (CUDA or METAL):
         mx.disable_compile()  # it calls a C++ compiler, which takes longer than it saves
-    maybe_set_recommended_wired_limit()
+    utils.maybe_set_recommended_wired_limit()
+    mx.set_cache_limit(args.clear_cache_threshold or 2**48)  # bytes; 0: as much as memory allows
     with blame(args.model, "give a model's folder, or its name on the Hugging Face hub"):
         is_name = args.model.count("/") == 1 and args.model[0] not in "./~" and not Path(args.model).exists()
         need(is_name or Path(args.model, "config.json").exists(), "no such folder, or no config.json in it")

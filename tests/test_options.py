@@ -3,8 +3,10 @@
 import argparse
 import importlib
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -130,7 +132,7 @@ SHOWN_DPO = SHOWN | {
 }
 SHOWN_SIMPO = SHOWN | {"--gamma": ([], ["--gamma", "0.5"]), "--sft-weight": ([], ["--sft-weight", "0.5"])}
 ALREADY_SO = {"--train", "--mask-prompt"}  # a command of mlx_lm.lora's says so; here it is never otherwise
-TOLD_ELSEWHERE = {"--epochs", "--resume", "--help", "--clear-cache-threshold"}
+TOLD_ELSEWHERE = {"--epochs", "--resume", "--help", "--clear-cache-threshold"}  # each has a test of its own
 CASES = [("dpo_trainer", name) for name in SHOWN_DPO]
 CASES += [("simpo_trainer", name) for name in ("--loss", "--beta", "--gamma", "--sft-weight")]
 CASES += [pytest.param("simpo_trainer", name, marks=pytest.mark.slow) for name in SHOWN]
@@ -163,6 +165,14 @@ def test_an_option_matters(here, known, script, option):
 
 def test_what_is_always_so_changes_nothing(here):
     assert outcome("dpo_trainer", ["--train", "--mask-prompt"]) == outcome("dpo_trainer", [])
+
+
+def test_the_cache_is_held_below_the_threshold(here):
+    """A GPU's; a CPU has none, so what MLX is told is looked at."""
+    code = "import dpo_trainer as d; d.mx.set_cache_limit = lambda limit: print('limit', limit); d.main()"
+    words = [sys.executable, "-c", code, "--model", "none", "--data", "none", "--clear-cache-threshold", "5"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(words, cwd=here, env=env, capture_output=True, text=True).stdout.split() == ["limit", "5"]
 
 
 def test_resume_goes_on(here):
@@ -225,6 +235,7 @@ def test_bundled_files_are_found_from_any_folder(tmp_path, monkeypatch):
 RATES = {  # lr_schedule: the rates of 40 updates at 1e-2, by hand
     "{name: constant}": lambda i: 1e-2 * min((i + 1) / 4, 1),
     "{name: linear, warmup_steps: 10}": lambda i: 1e-2 * min((i + 1) / 10, 1 - max(i - 10, 0) / 30),
+    "{name: linear, warmup: 8}": lambda i: 1e-2 * min((i + 1) / 8, 1 - max(i - 8, 0) / 32),
     "{name: cosine, warmup_steps: 100}": lambda i: 1e-2 * (i + 1) / 100,
     "{name: linear_schedule, arguments: [1e-3, 0.0, 40]}": lambda i: 1e-3 * (1 - i / 40),
     "{name: cosine_decay, warmup: 10, warmup_init: 1e-7, arguments: [1e-3, 1000, 1e-7]}": None,  # by mlx-lm itself

@@ -320,9 +320,8 @@ def test_what_is_too_long_loses_old_turns_and_nothing_else(tmp_path, tokenizer, 
         [pair] = load_pairs(options("--max-seq-length", limit), tokenizer, str(file), "train")
         expected = next(ids for ids, size in zip(kept, sizes) if size <= limit)
         assert (pair["prompt"], pair["chosen"], pair["rejected"]) == expected[:3]
-        assert (
-            f"1 of 1 pairs (others: too long, equal answers), {int(limit < sizes[0])} lost" in capsys.readouterr().out
-        )
+        said = f"1 of 1 pairs (others: too long, equal answers), {int(limit < sizes[0])} lost old turns"
+        assert said in capsys.readouterr().out
     assert load_pairs(options("--max-seq-length", sizes[-1] - 1), tokenizer, str(file), "train") == []
     assert "0 of 1 pairs" in capsys.readouterr().out
 

@@ -38,10 +38,7 @@ def test_every_command_parses(script, monkeypatch):
 
 
 def test_what_it_names_is_printed_or_there():
+    sides = ("chosen", "rejected", "margins", "accuracies")
+    kinds = {f"{kind}/{side}" for kind in ("rewards", "logps") for side in sides}
     for name in re.findall(r"`(\w+/\w+)`", README):
-        kinds = {
-            f"{kind}/{side}"
-            for kind in ("rewards", "logps")
-            for side in ("chosen", "rejected", "margins", "accuracies")
-        }
         assert name in kinds or (ROOT / name).exists() or name.split("/")[0] in ("report", "data", "adapters"), name

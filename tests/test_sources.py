@@ -433,10 +433,8 @@ def test_what_is_not_whole_is_in_no_pair(name, tmp_path):
 
 
 BEFORE = ["<ide_opened_file>The user opened /a.py</ide_opened_file>\n", "<system-reminder>x</system-reminder>"]
-BEFORE += [
-    "<user-prompt-submit-hook>\nok\n</user-prompt-submit-hook>",
-    "<context>a</context><new_thing a='b'>c</new_thing>\n",
-]
+BEFORE += ["<user-prompt-submit-hook>\nok\n</user-prompt-submit-hook>"]
+BEFORE += ["<context>a</context><new_thing a='b'>c</new_thing>\n"]
 
 
 @pytest.mark.parametrize("before", BEFORE)
